@@ -1,0 +1,228 @@
+"""Imports go one way. The tables below are the rule; a new module needs a row in `MAY_IMPORT`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qlip_export"
+
+# A name stands for the module or package and all below it, and the longest name that fits decides. A module
+# may always import its own package and `errors`. "*" is anything, "-x" takes x away, "lazy:x" is x inside
+# functions.
+MAY_IMPORT: dict[str, set[str]] = {
+    "": set(),
+    "errors": set(),
+    "spec": set(),
+    "files": set(),
+    "checkpoint": {"files"},
+    "families": {"spec"},
+    "bundle": {"spec", "files"},
+    "quant": {"spec"},
+    "graph": {"spec", "quant"},
+    "backends": {"spec", "files", "lazy:graph.expand"},
+    "runtime": {"spec", "files", "bundle", "backends"},
+    "sampler_probe": {"spec"},
+    "capture": {"spec", "checkpoint", "families", "graph"},
+    "diffusers_denoiser": {"spec", "checkpoint", "families"},
+    "policy": {"spec", "families", "quant", "diffusers_denoiser"},
+    "calibrate": {"*", "-build", "-cli", "-runtime", "-bench", "-validate"},
+    "zoo": {"spec", "files", "bundle"},
+    "build": {"*", "-cli", "-runtime", "-bench"},
+    "validate": {"*", "-cli", "-bench"},
+    "bench": {"*", "-cli"},
+    "cli": {"*"},
+    "__main__": {"cli"},
+}
+
+TORCH_MODULES = {
+    "capture",
+    "sampler_probe",
+    "calibrate",
+    "diffusers_denoiser",
+    "policy",
+    "quant",
+    "-quant.weights",
+}
+ONNX_MODULES = {"capture", "graph", "build", "validate", "lazy:backends"}
+
+# Who may import a library. Imports for type checkers alone do not count here.
+LIBRARIES: dict[str, set[str]] = {
+    "torch": TORCH_MODULES,
+    "diffusers": TORCH_MODULES,
+    "transformers": TORCH_MODULES,
+    "onnx": ONNX_MODULES,
+    "onnx_ir": ONNX_MODULES,
+    "onnxscript": ONNX_MODULES,
+    "openvino": {"lazy:backends.openvino"},
+    "onnxruntime": {"lazy:backends.onnxruntime", "lazy:validate"},
+    "tensorrt": {"lazy:backends.tensorrt"},
+    "tensorrt_rtx": {"lazy:backends.tensorrt_rtx"},
+    "polygraphy": {"lazy:validate"},
+}
+
+# What running a bundle loads, and what it must never load.
+TORCH_FREE = ("errors", "files", "spec", "bundle", "backends", "runtime")
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Import:
+    """`target` is a dotted name as imported; `lazy` inside a function; `typing` under `if TYPE_CHECKING`."""
+
+    target: str
+    line: int
+    lazy: bool
+    typing: bool
+
+
+def imports_of(path: Path, module: str, is_package: bool) -> Iterator[Import]:
+    """Yield every import of a file; `from a import b` gives `a.b`, relative ones are made absolute."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+
+    def visit(node: ast.AST, lazy: bool, typing: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield Import(name.name, node.lineno, lazy, typing)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for name in node.names:
+                yield Import(f"{source}.{name.name}", node.lineno, lazy, typing)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.body:
+                yield from visit(child, lazy, True)
+            for child in node.orelse:
+                yield from visit(child, lazy, typing)
+        else:
+            inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, inside, typing)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8"), str(path)), False, False)
+
+
+def covers(rule: str, name: str) -> bool:
+    return rule == name or name.startswith(rule + ".")
+
+
+def permits(rules: set[str], name: str, lazy: bool) -> bool:
+    """The longest rule that covers `name` decides; without one the answer is no."""
+    verdicts = {"*": (0, True)} if "*" in rules else {}
+    for rule in rules - {"*"}:
+        bare = rule.removeprefix("-").removeprefix("lazy:")
+        if covers(bare, name):
+            verdicts[rule] = (len(bare), not rule.startswith("-") and (lazy or not rule.startswith("lazy:")))
+    return max(verdicts.values())[1] if verdicts else False
+
+
+def violations(package: Path) -> list[str]:
+    """Return one line for every import under `package` that the tables do not allow."""
+    found = []
+    root = package.name
+    modules = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for module, path in modules.items():
+        rows = [row for row in MAY_IMPORT if row == module or (row and covers(row, module))]
+        if not rows:
+            found.append(f"{module}: no row in MAY_IMPORT; say what it may import")
+            continue
+        row = max(rows, key=len)
+        full = f"{root}.{module}" if module else root
+        for item in imports_of(path, full, path.name == "__init__.py"):
+            where = f"{path.relative_to(package)}:{item.line}"
+            top = item.target.split(".")[0]
+            if top == root:
+                name = item.target.removeprefix(root).removeprefix(".")
+                own = row.split(".")[0]
+                # `from qlip_export import __version__` names no module and is always allowed.
+                is_module = any(covers(known, name) for known in modules if known)
+                if is_module and not permits(MAY_IMPORT[row] | {"errors", own}, name, item.lazy):
+                    found.append(f"{where}: {module or root} must not import {name}")
+            elif top in LIBRARIES and not item.typing and not permits(LIBRARIES[top], module, item.lazy):
+                found.append(f"{where}: {module or root} must not import {top}")
+    return found
+
+
+def test_package_keeps_the_rules() -> None:
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("errors.py", "from qlip_export.spec import X", "errors must not import spec"),
+        ("runtime/a.py", "import torch", "runtime.a must not import torch"),
+        ("runtime/a.py", "def f():\n    import torch.nn", "runtime.a must not import torch"),
+        ("runtime/a.py", "from qlip_export import capture", "runtime.a must not import capture"),
+        ("runtime/a.py", "from ..capture import X", "runtime.a must not import capture"),
+        ("backends/a.py", "import onnx", "backends.a must not import onnx"),
+        (
+            "backends/a.py",
+            "from qlip_export.graph.expand import X",
+            "backends.a must not import graph.expand",
+        ),
+        ("build.py", "def f():\n    from qlip_export.runtime import X", "build must not import runtime"),
+        ("quant/weights.py", "import torch", "quant.weights must not import torch"),
+        ("unheard_of.py", "", "unheard_of: no row in MAY_IMPORT"),
+        (
+            "graph/a.py",
+            "try:\n    import openvino\nexcept ImportError:\n    pass",
+            "must not import openvino",
+        ),
+    ],
+)
+def test_breach_is_named(tmp_path: Path, path: str, source: str, complaint: str) -> None:
+    package = synthetic_package(tmp_path, {path: source})
+    assert any(complaint in line for line in violations(package))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("runtime/a.py", "from qlip_export.spec import X\nfrom qlip_export.runtime.b import Y"),
+        ("backends/a.py", "def f():\n    from qlip_export.graph.expand import X\n    import onnx"),
+        ("quant/ranges.py", "import torch"),
+        ("runtime/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("cli.py", "def f():\n    from qlip_export.runtime import X"),
+        ("bundle.py", "from qlip_export import __version__"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str) -> None:
+    assert violations(synthetic_package(tmp_path, {path: source})) == []
+
+
+def synthetic_package(tmp_path: Path, files: dict[str, str]) -> Path:
+    package = tmp_path / "qlip_export"
+    everything = dict.fromkeys(["errors.py", "spec.py", "capture.py", "graph/expand.py", "runtime/b.py"], "")
+    for name, source in (everything | files).items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(source)
+    (package / "__init__.py").touch()
+    return package
+
+
+def test_running_a_bundle_loads_nothing_heavy() -> None:
+    """The table cannot see what a third-party library imports; a fresh interpreter can."""
+    names = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        if any(covers(f"qlip_export.{part}", name) for part in TORCH_FREE):
+            names.append(name)
+    assert "qlip_export.spec" in names
+    code = f"import sys, {', '.join(names)}; print(*sorted(set({HEAVY!r}) & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
