@@ -1,0 +1,1 @@
+"""Numbers on a grid: 4-bit weights and activation ranges."""
