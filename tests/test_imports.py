@@ -21,19 +21,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "spec": set(),
     "files": set(),
+    "progress": set(),
     "checkpoint": {"files"},
     "families": {"spec"},
     "bundle": {"spec", "files"},
     "quant": {"spec"},
     "graph": {"spec", "quant"},
-    "backends": {"spec", "files", "lazy:graph.expand"},
-    "runtime": {"spec", "files", "bundle", "backends"},
+    "backends": {"spec", "files", "bundle", "lazy:graph.expand"},
+    "runtime": {"spec", "files", "bundle", "backends", "progress"},
     "sampler_probe": {"spec"},
     "capture": {"spec", "checkpoint", "families", "graph"},
     "diffusers_denoiser": {"spec", "checkpoint", "families"},
     "policy": {"spec", "families", "quant", "diffusers_denoiser"},
     "calibrate": {"*", "-build", "-cli", "-runtime", "-bench", "-validate"},
-    "zoo": {"spec", "files", "bundle"},
+    "zoo": {"spec", "files", "bundle", "checkpoint"},
+    "workspace": {"spec", "files", "bundle"},
+    "export": {"*", "-compile", "-build", "-cli", "-runtime", "-bench", "-validate"},
+    "compile": {"spec", "files", "bundle", "backends", "progress", "workspace", "export"},
     "build": {"*", "-cli", "-runtime", "-bench"},
     "validate": {"*", "-cli", "-bench"},
     "bench": {"*", "-cli"},
@@ -50,9 +54,10 @@ TORCH_MODULES = {
     "quant",
     "-quant.weights",
 }
-ONNX_MODULES = {"capture", "graph", "build", "validate", "lazy:backends"}
+ONNX_MODULES = {"capture", "graph", "export", "build", "validate", "lazy:backends"}
 
-# Who may import a library. Imports for type checkers alone do not count here.
+# Who may import a library. Imports for type checkers alone do not count here. An engine's file in backends/
+# is loaded only when its name is chosen, so its library may stand at the top.
 LIBRARIES: dict[str, set[str]] = {
     "torch": TORCH_MODULES,
     "diffusers": TORCH_MODULES,
@@ -60,10 +65,10 @@ LIBRARIES: dict[str, set[str]] = {
     "onnx": ONNX_MODULES,
     "onnx_ir": ONNX_MODULES,
     "onnxscript": ONNX_MODULES,
-    "openvino": {"lazy:backends.openvino"},
-    "onnxruntime": {"lazy:backends.onnxruntime", "lazy:validate"},
-    "tensorrt": {"lazy:backends.tensorrt"},
-    "tensorrt_rtx": {"lazy:backends.tensorrt_rtx"},
+    "openvino": {"backends.openvino"},
+    "onnxruntime": {"backends.onnxruntime", "lazy:validate"},
+    "tensorrt": {"backends.tensorrt"},
+    "tensorrt_rtx": {"backends.tensorrt_rtx"},
     "polygraphy": {"lazy:validate"},
 }
 
