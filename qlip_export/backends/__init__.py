@@ -1,0 +1,56 @@
+"""Backends by name. The table is all there is: a vendor library is imported only when its name is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from qlip_export.errors import QlipError
+
+if TYPE_CHECKING:
+    from qlip_export.backends.base import Backend
+
+BACKENDS: dict[str, tuple[str, str]] = {
+    "openvino": ("qlip_export.backends.openvino", "OpenVINOBackend"),
+    "onnxruntime": ("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend"),
+}
+"""Backend name -> module and class; also the order in which ``auto`` tries them."""
+
+
+def get_backend(name: str, *, threads: int | None = None) -> Backend:
+    """Return the backend called ``name``, or for ``auto`` the first whose library is installed.
+
+    Args:
+        name: A key of ``BACKENDS`` or ``auto``.
+        threads: CPU threads an engine may use; ``None`` leaves the choice to the library.
+
+    Raises:
+        QlipError: Unknown name, or the library is not installed.
+    """
+    if name == "auto":
+        for candidate in BACKENDS:
+            if importlib.util.find_spec(candidate) is not None:
+                return get_backend(candidate, threads=threads)
+        raise QlipError(
+            "no backend is installed",
+            expected=" or ".join(BACKENDS),
+            fix='pip install "qlip-export[openvino]"',
+        )
+    if name not in BACKENDS:
+        raise QlipError(
+            f"unknown backend {name!r}",
+            expected=", ".join(["auto", *BACKENDS]),
+            found=name,
+            fix="choose one of them",
+        )
+    module, class_name = BACKENDS[name]
+    try:
+        backend: Backend = getattr(importlib.import_module(module), class_name)(threads=threads)
+    except ImportError as error:
+        raise QlipError(
+            f"the library of backend {name!r} is not installed",
+            found=str(error),
+            fix=f'pip install "qlip-export[{name}]"',
+        ) from error
+    return backend

@@ -1,0 +1,96 @@
+"""What a backend is: compiles typed ONNX into engine files, loads them, and owns the tensors between them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qlip_export.bundle import EngineEntry, TensorEntry
+from qlip_export.spec import Container, DType
+
+Buffer = Any
+"""A tensor in the backend's own memory; only the backend that made it looks inside."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do here, as data.
+
+    Attributes:
+        device: Name of the device the engines run on.
+        version: Version of the vendor library.
+        half: Dtype that carries 9 to 16 bit activations, chosen by what the device computes fast.
+        suffix: File name suffix of its engines.
+        containers: Containers for which the device has kernels of their own; the others run, but widened.
+    """
+
+    device: str
+    version: str
+    half: DType
+    suffix: str
+    containers: tuple[Container, ...]
+
+
+class Engine(ABC):
+    """A loaded engine with its inputs and outputs bound to buffers."""
+
+    @abstractmethod
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Use ``buffer`` for an input or output from now on."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Compute the outputs from the inputs, in the bound buffers; returns when they are ready."""
+
+
+class Backend(ABC):
+    """One vendor library."""
+
+    name: str
+
+    @abstractmethod
+    def __init__(self, *, threads: int | None) -> None:
+        """Import the vendor library."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this backend can do on this machine."""
+
+    @abstractmethod
+    def compile(
+        self, onnx: Path, engine: Path, container: Container
+    ) -> tuple[list[TensorEntry], list[TensorEntry]]:
+        """Compile a typed ONNX file and write the engine file; return its inputs and outputs.
+
+        Raises:
+            QlipError: The library refuses the graph.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, entry: EngineEntry) -> Engine:
+        """Load an engine file.
+
+        Raises:
+            QlipError: The file was made by another version or for another device.
+        """
+
+    @abstractmethod
+    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """Return an uninitialised buffer."""
+
+    @abstractmethod
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """Copy ``array`` into ``buffer``, converting to the buffer's dtype."""
+
+    @abstractmethod
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """Return a copy of ``buffer`` as a numpy array; BF16 and FP16 come back as float32."""
+
+    @abstractmethod
+    def cast(self, source: Buffer, target: Buffer) -> None:
+        """Copy between buffers of the same shape and different dtypes."""

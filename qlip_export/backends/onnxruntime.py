@@ -1,0 +1,116 @@
+"""ONNX Runtime on CPUs: the reference for numbers; INT8 and FP16 run here, but hardly faster than FP32."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
+from qlip_export.bundle import EngineEntry, TensorEntry
+from qlip_export.errors import QlipError
+from qlip_export.spec import Container, DType
+
+_FROM_ORT: dict[str, DType] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+}
+
+
+class OnnxRuntimeBackend(Backend):
+    """The CPU execution provider. An engine file is the ONNX graph after ONNX Runtime's own optimization."""
+
+    name = "onnxruntime"
+
+    def __init__(self, *, threads: int | None) -> None:
+        """Remember ``threads``, the intra-op threads of each engine."""
+        self._threads = threads
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """The CPU provider of the installed ONNX Runtime."""
+        return Capabilities(
+            device="CPU",
+            version=ort.__version__,
+            half="float16",
+            suffix=".ort.onnx",
+            containers=(Container.FLOAT,),
+        )
+
+    def _options(self) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return options
+
+    def compile(
+        self, onnx: Path, engine: Path, container: Container
+    ) -> tuple[list[TensorEntry], list[TensorEntry]]:
+        """See `Backend.compile`."""
+        options = self._options()
+        # The extended level is portable between CPUs; the level above bakes in this CPU's memory layout.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(engine)
+        try:
+            session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise QlipError(f"ONNX Runtime cannot compile {onnx.name}", found=str(error)) from error
+        return [_entry(p) for p in session.get_inputs()], [_entry(p) for p in session.get_outputs()]
+
+    def load(self, path: Path, entry: EngineEntry) -> Engine:
+        """See `Backend.load`."""
+        try:
+            session = ort.InferenceSession(path, self._options(), providers=["CPUExecutionProvider"])
+        except Exception as error:  # as above
+            raise QlipError(
+                f"ONNX Runtime {ort.__version__} does not load {path}",
+                found=str(error),
+                fix="build the bundle again",
+            ) from error
+        return _OnnxRuntimeEngine(session)
+
+    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """See `Backend.allocate`."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.dtype(dtype)))
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """See `Backend.write`."""
+        current = buffer.numpy()
+        buffer.update_inplace(np.ascontiguousarray(array, dtype=current.dtype))
+
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """See `Backend.read`."""
+        array = np.array(buffer.numpy())
+        return array.astype(np.float32) if array.dtype == np.float16 else array
+
+    def cast(self, source: Buffer, target: Buffer) -> None:
+        """See `Backend.cast`."""
+        self.write(target, source.numpy())
+
+
+class _OnnxRuntimeEngine(Engine):
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._inputs = {i.name for i in session.get_inputs()}
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        if name in self._inputs:
+            self._binding.bind_ortvalue_input(name, buffer)
+        else:
+            self._binding.bind_ortvalue_output(name, buffer)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def _entry(port: Any) -> TensorEntry:
+    return TensorEntry(name=port.name, shape=tuple(port.shape), dtype=_FROM_ORT[port.type])

@@ -1,0 +1,169 @@
+"""OpenVINO on CPUs: FP32, BF16 (FP16 where the processor computes it) and INT8 engines of different speed."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
+from qlip_export.bundle import EngineEntry, TensorEntry
+from qlip_export.errors import QlipError
+from qlip_export.spec import Container, DType
+
+_TYPES: dict[DType, ov.Type] = {
+    "float32": ov.Type.f32,
+    "float16": ov.Type.f16,
+    "bfloat16": ov.Type.bf16,
+    "int64": ov.Type.i64,
+    "int32": ov.Type.i32,
+    "int8": ov.Type.i8,
+}
+_NAMES: dict[str, DType] = {t.get_type_name(): name for name, t in _TYPES.items()}
+
+
+class OpenVINOBackend(Backend):
+    """Compiles for and runs on the CPU device."""
+
+    name = "openvino"
+
+    def __init__(self, *, threads: int | None) -> None:
+        """Create the OpenVINO core; ``threads`` limits the threads of each engine."""
+        self._core = ov.Core()
+        self._threads = threads
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """Device, version and native precisions as the CPU plugin reports them."""
+        native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        half: DType = "float16" if "FP16" in native else "bfloat16" if "BF16" in native else "float32"
+        containers = [Container.FLOAT]
+        if half != "float32":
+            containers.append(Container.HALF)
+        if "INT8" in native:
+            containers.append(Container.INT8)
+        return Capabilities(
+            device=str(self._core.get_property("CPU", "FULL_DEVICE_NAME")).strip(),
+            version=ov.get_version().split("-")[0],
+            half=half,
+            suffix=".blob",
+            containers=tuple(containers),
+        )
+
+    def _properties(self, container: Container) -> dict[str, str | int]:
+        precision = "float32" if container is Container.FLOAT else self.capabilities.half
+        properties: dict[str, str | int] = {
+            "INFERENCE_PRECISION_HINT": _TYPES[precision].get_type_name(),
+            "PERFORMANCE_HINT": "LATENCY",
+            # Otherwise Linear layers with integer weights quantize their activations as they run, unasked.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+        if self._threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = self._threads
+        return properties
+
+    def compile(
+        self, onnx: Path, engine: Path, container: Container
+    ) -> tuple[list[TensorEntry], list[TensorEntry]]:
+        """See `Backend.compile`."""
+        import onnx_ir as ir
+
+        from qlip_export.graph.expand import expand_int4
+
+        model = ir.load(onnx)
+        expand_int4(model)
+        with tempfile.TemporaryDirectory(prefix="qlip-openvino-") as folder:
+            expanded = Path(folder) / "model.onnx"
+            ir.save(model, expanded, external_data="model.data")
+            try:
+                compiled = self._core.compile_model(
+                    self._with_typed_ports(self._core.read_model(expanded)),
+                    "CPU",
+                    self._properties(container),
+                )
+            except RuntimeError as error:
+                raise QlipError(f"OpenVINO cannot compile {onnx.name}", found=str(error)) from error
+        engine.write_bytes(compiled.export_model().getvalue())
+        return [_entry(p) for p in compiled.inputs], [_entry(p) for p in compiled.outputs]
+
+    def _with_typed_ports(self, model: Any) -> Any:
+        """Give FP16 ports the dtype the device computes in, so that nothing is converted between blocks."""
+        ports = ov.preprocess.PrePostProcessor(model)
+        half = _TYPES[self.capabilities.half]
+        for index, port in enumerate(model.inputs):
+            if port.get_element_type() == ov.Type.f16:
+                ports.input(index).tensor().set_element_type(half)
+        for index, port in enumerate(model.outputs):
+            if port.get_element_type() == ov.Type.f16:
+                ports.output(index).tensor().set_element_type(half)
+        return ports.build()
+
+    def load(self, path: Path, entry: EngineEntry) -> Engine:
+        """See `Backend.load`."""
+        try:
+            blob = io.BytesIO(path.read_bytes())
+            return _OpenVINOEngine(self._core.import_model(blob, "CPU", self._properties(entry.container)))
+        except RuntimeError as error:
+            raise QlipError(
+                f"OpenVINO {self.capabilities.version} on {self.capabilities.device} does not load {path}",
+                found=str(error).strip().splitlines()[-1],
+                fix="build the bundle again on this machine",
+            ) from error
+
+    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """See `Backend.allocate`."""
+        return ov.Tensor(_TYPES[dtype], ov.Shape(list(shape)))
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """See `Backend.write`."""
+        if buffer.element_type == ov.Type.bf16:
+            buffer.data.view(np.uint16)[...] = _to_bfloat16(array)
+        else:
+            buffer.data[...] = array
+
+    def read(self, buffer: Buffer) -> NDArray[Any]:
+        """See `Backend.read`."""
+        if buffer.element_type == ov.Type.bf16:
+            return _from_bfloat16(buffer.data.view(np.uint16))
+        if buffer.element_type == ov.Type.f16:
+            return np.asarray(buffer.data, dtype=np.float32)
+        return np.array(buffer.data)
+
+    def cast(self, source: Buffer, target: Buffer) -> None:
+        """See `Backend.cast`."""
+        self.write(target, self.read(source))
+
+
+class _OpenVINOEngine(Engine):
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        self._request.set_tensor(name, buffer)
+
+    def run(self) -> None:
+        self._request.infer()
+
+
+def _entry(port: Any) -> TensorEntry:
+    shape = tuple(int(d) for d in port.get_shape())
+    return TensorEntry(
+        name=port.get_any_name(), shape=shape, dtype=_NAMES[port.get_element_type().get_type_name()]
+    )
+
+
+def _to_bfloat16(array: NDArray[Any]) -> NDArray[np.uint16]:
+    """Round float32 to BF16, ties to even."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _from_bfloat16(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (codes.astype(np.uint32) << 16).view(np.float32)

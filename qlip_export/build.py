@@ -1,0 +1,290 @@
+"""`qlip-export build`: export a model, compile it, and put a bundle in place."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, JsonValue, field_validator
+
+from qlip_export import __version__
+from qlip_export.backends import get_backend
+from qlip_export.backends.base import Backend
+from qlip_export.bundle import (
+    SCHEMA_VERSION,
+    BackendEntry,
+    Bundle,
+    Manifest,
+    ModelEntry,
+    QuantizationEntry,
+    ShapesEntry,
+    TokenizerEntry,
+)
+from qlip_export.capture import Shapes, capture_tokenizer, shapes_of
+from qlip_export.checkpoint import Checkpoint, read_json
+from qlip_export.compile import compile_engines
+from qlip_export.errors import QlipError
+from qlip_export.export import Exported, Exporter, ExportOptions
+from qlip_export.files import content_key, sha256_of
+from qlip_export.progress import Progress
+from qlip_export.quant.ranges import Ranges
+from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
+from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, WeightBits, container_of
+from qlip_export.workspace import Workspace, check_replaceable
+from qlip_export.zoo import ZooModel, find_model
+
+RANGES = "calibration/ranges.json"
+
+
+class BuildOptions(Frozen):
+    """Everything a build can be asked for."""
+
+    model: str
+    bits: tuple[int, ...] = (8, 16, 32)
+    weight_bits: WeightBits = 4
+    granularity: Granularity = "coarse"
+    backend: str = "auto"
+    batch_size: int = Field(1, ge=1, le=64)
+    steps: int = Field(25, ge=1, le=1000)
+    scheduler: str = "dpmsolver++"
+    calibration: Path | None = None
+
+    @field_validator("bits")
+    @classmethod
+    def _increasing(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        for option in bits:
+            container_of(option)
+        if not bits or list(bits) != sorted(set(bits)):
+            raise QlipError(
+                "the bit options must increase", expected="e.g. 8,16,32", found=",".join(map(str, bits))
+            )
+        return bits
+
+
+class BuildReport(Frozen):
+    """What a build did, as `--json` prints it."""
+
+    bundle: str
+    model: str
+    backend: str
+    device: str
+    bits: tuple[int, ...]
+    blocks: int
+    engines: int
+    built: int = Field(description="files made by this run")
+    reused: int = Field(description="files that were there already")
+    bytes: dict[str, int] = Field(description="by kind: onnx, weights, engines")
+    seconds: float
+
+
+def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
+    """Build the bundle ``out``; a bundle that is there is replaced when the new one is whole.
+
+    Raises:
+        QlipError: Anything the user can mend: see the message.
+    """
+    started = time.monotonic()
+    model, checkpoint = find_model(options.model)
+    backend = get_backend(options.backend)
+    sampler = _sampler(checkpoint, options)
+    shapes = shapes_of(checkpoint, batch_size=options.batch_size)
+    ranges_path = _shipped_ranges(model, options)
+    check_replaceable(out)
+    with Workspace.open(
+        out, lambda: progress.note(f"another build is writing {out}; waiting for it")
+    ) as workspace:
+        exporter = Exporter(
+            checkpoint,
+            shapes,
+            ExportOptions(options.bits, options.weight_bits, options.granularity),
+            workspace,
+            progress,
+        )
+        ranges = _ranges(checkpoint, exporter, options, ranges_path, workspace, progress)
+        exported = exporter.run(ranges)
+        exported = compile_engines(exported, options.bits, backend, workspace, progress)
+        tokenizer = _tokenizer(checkpoint, workspace)
+        manifest = _manifest(
+            options,
+            model,
+            exporter,
+            shapes,
+            exported,
+            backend,
+            sampler,
+            tokenizer,
+            ranges is not None,
+            workspace,
+        )
+        bundle = workspace.finish(manifest)
+        return _report(bundle, workspace, time.monotonic() - started)
+
+
+def _sampler(checkpoint: Checkpoint, options: BuildOptions) -> SamplerTable:
+    config = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+    return probe_scheduler(
+        scheduler_from_config(options.scheduler, config), options.steps, name=options.scheduler
+    )
+
+
+def _shipped_ranges(model: ZooModel, options: BuildOptions) -> Path | None:
+    folder = options.calibration or model.calibration
+    if folder is None:
+        return None
+    path = folder / "ranges.json"
+    if not path.is_file():
+        if options.calibration is None:
+            return None
+        raise QlipError(
+            f"{folder} holds no calibration",
+            expected="ranges.json",
+            found="no such file",
+            fix=f"qlip-export calibrate --model {options.model} -o {folder}",
+        )
+    return path
+
+
+def _ranges(
+    checkpoint: Checkpoint,
+    exporter: Exporter,
+    options: BuildOptions,
+    shipped: Path | None,
+    workspace: Workspace,
+    progress: Progress,
+) -> Ranges | None:
+    if all(container_of(b) is not Container.INT8 for b in options.bits):
+        return None
+    fingerprint = checkpoint.component(exporter.family.denoiser_folder).fingerprint
+    if shipped is not None:
+        ranges = Ranges.load(shipped)
+        ranges.check(fingerprint, set(), shipped)
+
+        def copy(path: Path) -> JsonValue:
+            path.write_bytes(shipped.read_bytes())
+            return None
+
+        workspace.product(RANGES, sha256_of(shipped), copy)
+        return ranges
+
+    from qlip_export.calibrate import GENERIC_PROMPTS, measure_ranges
+
+    steps = min(options.steps, 10)
+    prompts = list(GENERIC_PROMPTS)
+
+    def measure(path: Path) -> JsonValue:
+        progress.note(
+            "this model brings no calibration: measuring activation ranges on a few generic prompts"
+        )
+        progress.stage("calibrate", len(prompts) * steps)
+        found = measure_ranges(
+            checkpoint, prompts, steps=steps, scheduler=options.scheduler, on_step=lambda: progress.item("")
+        )
+        path.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+        return None
+
+    key = content_key("ranges", fingerprint, prompts, steps, options.scheduler)
+    path, _ = workspace.product(RANGES, key, measure)
+    return Ranges.load(path)
+
+
+def _tokenizer(checkpoint: Checkpoint, workspace: Workspace) -> TokenizerEntry:
+    captured = capture_tokenizer(checkpoint)
+
+    def write(path: Path) -> JsonValue:
+        path.write_text(captured.json, encoding="utf-8")
+        return None
+
+    workspace.product("tokenizer.json", content_key("tokenizer", captured.json), write)
+    return TokenizerEntry(path="tokenizer.json", max_length=captured.max_length, pad_id=captured.pad_id)
+
+
+def _manifest(
+    options: BuildOptions,
+    model: ZooModel,
+    exporter: Exporter,
+    shapes: Shapes,
+    exported: Exported,
+    backend: Backend,
+    sampler: SamplerTable,
+    tokenizer: TokenizerEntry,
+    calibrated: bool,
+    workspace: Workspace,
+) -> Manifest:
+    can = backend.capabilities
+    checkpoint = Checkpoint(model.folder)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        qlip_export_version=__version__,
+        model=ModelEntry(
+            name=model.name,
+            family=exporter.family.name,
+            fingerprint=checkpoint.component(exporter.family.denoiser_folder).fingerprint,
+            source=options.model,
+        ),
+        bits=options.bits,
+        granularity=options.granularity,
+        quantization=QuantizationEntry(
+            weight_bits=options.weight_bits,
+            weight_method="none" if options.weight_bits == 32 else "round to nearest",
+            ranges=RANGES if calibrated else None,
+        ),
+        shapes=ShapesEntry(
+            batch_size=shapes.batch_size,
+            latents=shapes.latents,
+            image=(shapes.image_height, shapes.image_width),
+            text_length=shapes.text_length,
+        ),
+        inputs=exported.inputs,
+        blocks=exported.blocks,
+        text_encoder=exported.text_encoder,
+        vae_decoder=exported.vae_decoder,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        backend=BackendEntry(name=backend.name, version=can.version, device=can.device, half=can.half),
+        versions={
+            "python": platform.python_version(),
+            **{
+                name: metadata.version(name)
+                for name in ("torch", "diffusers", "transformers", "onnx", "onnx-ir")
+            },
+        },
+        files=workspace.files,
+    )
+
+
+def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport:
+    manifest = bundle.manifest
+    assert manifest.backend is not None
+    return BuildReport(
+        bundle=str(bundle.root),
+        model=manifest.model.name,
+        backend=manifest.backend.name,
+        device=manifest.backend.device,
+        bits=manifest.bits,
+        blocks=len(manifest.blocks),
+        engines=sum(path.startswith("engines/") for path in manifest.files),
+        built=workspace.built,
+        reused=workspace.reused,
+        bytes=bytes_by_kind(manifest),
+        seconds=round(seconds, 1),
+    )
+
+
+def bytes_by_kind(manifest: Manifest) -> dict[str, int]:
+    """Return the bytes of a bundle by kind of file."""
+    totals: dict[str, Any] = {"weights": 0, "onnx": 0, "engines": 0, "other": 0}
+    for path, entry in manifest.files.items():
+        kind = (
+            "engines"
+            if path.startswith("engines/")
+            else "weights"
+            if path.endswith(".weights.bin")
+            else "onnx"
+            if path.endswith(".onnx")
+            else "other"
+        )
+        totals[kind] += entry.size
+    return totals

@@ -1,0 +1,269 @@
+"""The bundle: a directory with a manifest that accounts for every file in it.
+
+JSON, ONNX, raw tensors and engine files only; nothing in a bundle is ever unpickled or executed as code.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, JsonValue, ValidationError
+
+from qlip_export.errors import QlipError
+from qlip_export.files import sha256_of
+from qlip_export.spec import Container, DType, Frozen, Granularity, SamplerTable, WeightBits
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def _stays_inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        raise ValueError(f"path {path!r} leaves the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_stays_inside)]
+"""A POSIX path relative to the bundle that cannot leave it."""
+
+
+class FileEntry(Frozen):
+    """Size in bytes and SHA-256 of one file, and where it came from."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+    key: str = Field(description="changes with anything the file was made from")
+    facts: JsonValue = Field(None, description="what its maker said of it, e.g. where each weight lies")
+
+
+class TensorEntry(Frozen):
+    """Name, static shape and dtype of one engine input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+class EngineEntry(Frozen):
+    """A compiled engine."""
+
+    path: BundlePath
+    container: Container
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+class LayerEntry(Frozen):
+    """A Conv2d or Linear of a block."""
+
+    name: str
+    kind: Literal["conv", "linear"]
+    macs: int
+    weights: int = Field(description="number of weights")
+    quantized: bool = Field(
+        description="whether its activations follow the bit options (else 16 bits or more)"
+    )
+
+
+class VariantEntry(Frozen):
+    """A block at one bit option."""
+
+    bits: int
+    container: Container
+    onnx: BundlePath
+    engine: EngineEntry | None = None
+
+
+class BlockEntry(Frozen):
+    """A piece of the denoiser, compiled as one engine per variant."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layers: tuple[LayerEntry, ...]
+    variants: dict[str, VariantEntry]
+
+
+class ComponentEntry(Frozen):
+    """A part that has no bit options: text encoder or VAE decoder."""
+
+    onnx: BundlePath
+    engine: EngineEntry | None = None
+
+
+class ModelEntry(Frozen):
+    """What was compiled."""
+
+    name: str
+    family: str
+    fingerprint: str
+    source: str = Field(description="zoo name or folder, as given")
+
+
+class ShapesEntry(Frozen):
+    """Static shapes of the bundle."""
+
+    batch_size: int = Field(ge=1)
+    latents: tuple[int, int, int, int]
+    image: tuple[int, int] = Field(description="height, width")
+    text_length: int
+
+
+class TokenizerEntry(Frozen):
+    """The prompt's way to token ids."""
+
+    path: BundlePath
+    max_length: int
+    pad_id: int
+
+
+class QuantizationEntry(Frozen):
+    """How weights and activations were put on their grids."""
+
+    weight_bits: WeightBits
+    weight_method: str
+    ranges: BundlePath | None
+
+
+class BackendEntry(Frozen):
+    """What compiled the engines, and on which device they run."""
+
+    name: str
+    version: str
+    device: str
+    half: DType = Field(description="what carries 9 to 16 bit activations")
+
+
+class Manifest(Frozen):
+    """Everything the run time needs to know, and everything that is in the bundle."""
+
+    schema_version: int
+    qlip_export_version: str
+    model: ModelEntry
+    bits: tuple[int, ...]
+    granularity: Granularity
+    quantization: QuantizationEntry
+    shapes: ShapesEntry
+    inputs: tuple[TensorEntry, ...] = Field(description="the denoiser's own inputs: latents, timestep, text")
+    blocks: tuple[BlockEntry, ...]
+    text_encoder: ComponentEntry
+    vae_decoder: ComponentEntry
+    sampler: SamplerTable
+    tokenizer: TokenizerEntry
+    backend: BackendEntry | None
+    versions: dict[str, str]
+    files: dict[BundlePath, FileEntry]
+
+
+class Bundle:
+    """A bundle opened for reading; files are checked against their hashes when they are asked for."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        """Use `Bundle.open` instead."""
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> Bundle:
+        """Read and check the manifest.
+
+        Raises:
+            QlipError: No bundle there, another schema version, unknown keys, a path that leaves the bundle.
+        """
+        folder = Path(root)
+        path = folder / MANIFEST
+        if not path.is_file():
+            building = folder.with_name(folder.name + ".building")
+            hint = "; its build was interrupted" if building.is_dir() else ""
+            raise QlipError(
+                f"{folder} is no bundle{hint}",
+                expected=f"a folder with {MANIFEST}",
+                found="no such folder" if not folder.exists() else f"no {MANIFEST} in it",
+                fix=f"qlip-export build --model emoji -o {folder}",
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            version = _Versioned.model_validate_json(text).schema_version
+            if version != SCHEMA_VERSION:
+                raise QlipError(
+                    f"{path} has another schema version",
+                    expected=str(SCHEMA_VERSION),
+                    found=str(version),
+                    fix="build the bundle again with this version of qlip-export",
+                )
+            return cls(folder, Manifest.model_validate_json(text))
+        except (ValidationError, OSError, UnicodeDecodeError) as error:
+            raise QlipError(
+                f"{path} is not a valid manifest", found=_first_line(error), fix="build the bundle again"
+            ) from error
+
+    def file(self, path: str) -> Path:
+        """Return the absolute path of a file of the bundle, after checking its size and SHA-256.
+
+        Raises:
+            QlipError: The file is missing, truncated or altered, or is not listed.
+        """
+        entry = self.manifest.files.get(path)
+        full = self.root / path
+        if entry is None:
+            raise QlipError(
+                f"the manifest of {self.root} lists no file {path!r}", fix="build the bundle again"
+            )
+        if not full.resolve().is_relative_to(self.root.resolve()):
+            raise QlipError(
+                f"{path!r} leaves the bundle", found=str(full.resolve()), fix="build the bundle again"
+            )
+        if not full.is_file():
+            raise QlipError(f"{full} is missing", fix="build the bundle again")
+        size = full.stat().st_size
+        if size != entry.size:
+            raise QlipError(
+                f"{full} has the wrong size",
+                expected=f"{entry.size} bytes",
+                found=f"{size} bytes",
+                fix="build the bundle again",
+            )
+        digest = sha256_of(full)
+        if digest != entry.sha256:
+            raise QlipError(
+                f"{full} was altered after the build",
+                expected=f"SHA-256 {entry.sha256}",
+                found=digest,
+                fix="build the bundle again",
+            )
+        return full
+
+    def bits(self, requested: int | None = None) -> int:
+        """Return the bit option to run at: the requested one, else the best that runs fast.
+
+        Without a request that is the largest option up to 16 bits, which no one can tell from FP32 by eye.
+
+        Raises:
+            QlipError: The bundle has no such option.
+        """
+        options = self.manifest.bits
+        if requested is None:
+            return max((b for b in options if b <= 16), default=min(options))
+        if requested not in options:
+            raise QlipError(
+                f"the bundle has no {requested}-bit engines",
+                expected=" or ".join(map(str, options)),
+                found=str(requested),
+                fix=f"qlip-export build --bits {','.join(map(str, sorted({*options, requested})))} ...",
+            )
+        return requested
+
+
+class _Versioned(Frozen, extra="ignore"):
+    schema_version: int
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}{more}"
+    return str(error)

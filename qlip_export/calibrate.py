@@ -1,0 +1,151 @@
+"""Calibration: run the full-precision model on prompts and measure what its layers see."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlip_export.capture import denoiser_family
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
+from qlip_export.quant.ranges import BINS, MagnitudeHistogram, Ranges, Recipe
+from qlip_export.sampler_probe import scheduler_from_config
+
+GENERIC_PROMPTS = (
+    "a cat",
+    "a red sports car on a mountain road at sunset",
+    "portrait of an old fisherman, detailed, soft light",
+    "a bowl of fruit on a wooden table",
+    "an astronaut riding a horse on the moon, highly detailed",
+    "a city street at night in the rain, neon signs, reflections",
+    "a rainbow",
+    "a small house beside a lake, watercolour",
+)
+"""Used where a model brings no calibration prompts of its own."""
+
+SAMPLES = 32_768
+"""Activations of one call that go into a layer's histogram; the maximum is taken over all of them."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a UTF-8 text file, one a line, blank lines ignored.
+
+    Raises:
+        QlipError: The file is missing, empty, or not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QlipError(
+            f"cannot read prompts from {path}", expected="UTF-8 text, a prompt a line", found=str(error)
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise QlipError(f"{path} holds no prompt", expected="a prompt a line", found="an empty file")
+    return prompts
+
+
+def measure_ranges(
+    checkpoint: Checkpoint,
+    prompts: list[str],
+    *,
+    steps: int = 25,
+    scheduler: str = "dpmsolver++",
+    guidance: float = 4.0,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Ranges:
+    """Measure the input range of every quantized layer over whole sampling runs.
+
+    Every prompt is sampled once with classifier-free guidance, all timesteps included.
+
+    Args:
+        checkpoint: The full-precision model.
+        prompts: One run each.
+        steps: Sampling steps of a run.
+        scheduler: Name of the scheduler.
+        guidance: Classifier-free guidance scale.
+        seed: Seed of the first run's noise.
+        on_step: Called after each denoiser step, ``len(prompts) * steps`` times or a few more (PNDM).
+
+    Raises:
+        QlipError: An activation is not finite.
+    """
+    pipeline = load_pipeline(checkpoint)
+    pipeline.scheduler = scheduler_from_config(scheduler, dict(pipeline.scheduler.config))
+    family = denoiser_family(checkpoint)
+    denoiser = getattr(pipeline, family.denoiser_folder)
+    histograms: dict[str, MagnitudeHistogram] = {}
+    handles = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and family.quantizes(name):
+            histograms[name] = MagnitudeHistogram()
+            handles.append(module.register_forward_pre_hook(_observer(histograms[name])))
+    try:
+        for index, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(seed + index)
+            pipeline(
+                prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generator,
+                output_type="latent",
+                callback_on_step_end=_each_step(on_step),
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    recipe = Recipe(
+        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        prompts=len(prompts),
+        steps=steps,
+        scheduler=scheduler,
+        guidance=guidance,
+        seed=seed,
+    )
+    return Ranges(
+        fingerprint=checkpoint.component(family.denoiser_folder).fingerprint,
+        recipe=recipe,
+        layers={name: histogram.range() for name, histogram in histograms.items()},
+    )
+
+
+def load_pipeline(checkpoint: Checkpoint) -> Any:
+    """Return the diffusers pipeline of a checkpoint in FP32 on the CPU, silent and without safety checker."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        checkpoint.folder,
+        torch_dtype=torch.float32,
+        local_files_only=True,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _each_step(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+    def callback(*_: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    return callback
+
+
+def _observer(histogram: MagnitudeHistogram) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+    def observe(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        magnitudes = args[0].detach().abs().float().flatten()
+        histogram.prepare(float(magnitudes.max()))
+        if histogram.width:
+            sampled = magnitudes[:: max(1, magnitudes.numel() // SAMPLES)]
+            counts = torch.histc(sampled, bins=BINS, min=0, max=histogram.width)
+            histogram.add(counts.cpu().numpy().astype(np.float64))
+
+    return observe

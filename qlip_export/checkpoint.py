@@ -1,0 +1,167 @@
+"""A diffusers folder as it lies on disk: its parts, their configs, and their weights read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip_export.errors import QlipError
+from qlip_export.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a diffusers pipeline (denoiser, text encoder, VAE): a config and safetensors shards."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed `config.json`."""
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def _shard_of(self) -> dict[str, Path]:
+        shards = sorted(self.folder.glob("*.safetensors"))
+        # Folders may hold the same weights twice, as `model.safetensors` and `model.fp16.safetensors`.
+        plain = [s for s in shards if "." not in s.name.removesuffix(".safetensors")]
+        shards = plain or shards
+        if not shards:
+            pickles = [p.name for p in (*self.folder.glob("*.bin"), *self.folder.glob("*.ckpt"))]
+            raise QlipError(
+                f"no safetensors weights in {self.folder}",
+                expected="*.safetensors",
+                found=", ".join(pickles) or "no weight file",
+                fix="convert the model to safetensors; pickled checkpoints are not read, they can run code",
+            )
+        from safetensors import SafetensorError, safe_open
+
+        where: dict[str, Path] = {}
+        for shard in shards:
+            try:
+                with safe_open(shard, framework="numpy") as file:
+                    where.update(dict.fromkeys(file.keys(), shard))
+            except (SafetensorError, OSError) as error:
+                raise QlipError(
+                    f"cannot read {shard}", found=str(error), fix="download or copy the model again"
+                ) from error
+        for index in self.folder.glob("*.safetensors.index.json"):
+            missing = set(read_json(index)["weight_map"].values()) - {s.name for s in shards}
+            if missing and index.name.split(".safetensors")[0] in {s.name.split("-")[0] for s in shards}:
+                raise QlipError(
+                    f"shards are missing in {self.folder}",
+                    expected=", ".join(sorted(missing)),
+                    fix="download or copy the model again",
+                )
+        return where
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters."""
+        return tuple(self._shard_of)
+
+    def get(self, name: str) -> NDArray[Any]:
+        """Return one parameter as float16 or float32 (bfloat16 is widened), in its stored shape.
+
+        Raises:
+            QlipError: The checkpoint has no such parameter, or it is not finite.
+        """
+        from safetensors import safe_open
+
+        if name not in self._shard_of:
+            # transformers drops the prefix of a model's only child ("text_model.") in newer versions.
+            longer = [stored for stored in self._shard_of if stored.endswith(f".{name}")]
+            if len(longer) == 1:
+                return self.get(longer[0])
+            raise QlipError(
+                f"the weights in {self.folder} have no parameter {name!r}",
+                fix="check that config.json and the weights belong together",
+            )
+        with safe_open(self._shard_of[name], framework="numpy") as file:
+            array = np.asarray(file.get_tensor(name))
+        if array.dtype not in (np.float16, np.float32):
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise QlipError(
+                f"parameter {name!r} in {self.folder} is not finite",
+                fix="the checkpoint is broken; get it again",
+            )
+        return array
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config and weights: changes whenever anything the build reads here changes."""
+        digest = hashlib.sha256()
+        for path in (self.folder / "config.json", *sorted(set(self._shard_of.values()))):
+            digest.update(path.name.encode())
+            digest.update(sha256_of(path).encode())
+        return digest.hexdigest()
+
+
+class Checkpoint:
+    """A model folder in the diffusers layout."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `model_index.json`.
+
+        Raises:
+            QlipError: The folder is absent or is no diffusers model.
+        """
+        self.folder = folder
+        if not (folder / "model_index.json").is_file():
+            entries = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+            raise QlipError(
+                f"{folder} is no diffusers model",
+                expected="a folder with model_index.json and one subfolder for each component",
+                found=", ".join(entries) or ("an empty folder" if folder.is_dir() else "no such folder"),
+                fix="name a model of the zoo or a folder written by save_pretrained()",
+            )
+        self.index = read_json(folder / "model_index.json")
+
+    def class_of(self, name: str) -> str:
+        """Return the class that `model_index.json` names for a component.
+
+        Raises:
+            QlipError: The component is not listed.
+        """
+        entry = self.index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise QlipError(
+                f"{self.folder / 'model_index.json'} lists no {name}",
+                expected=f'"{name}": ["library", "ClassName"]',
+                found=json.dumps(entry),
+                fix="use a text-to-image model in the diffusers layout",
+            )
+        return entry[1]
+
+    def component(self, name: str) -> Component:
+        """Return a component by its folder name."""
+        self.class_of(name)
+        return Component(self.folder / name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the listed components."""
+        return (k for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and v[1])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file.
+
+    Raises:
+        QlipError: The file is missing or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QlipError(f"cannot read {path}", expected="a JSON file", found=str(error)) from error
+    if not isinstance(value, dict):
+        raise QlipError(f"cannot read {path}", expected="a JSON object", found=type(value).__name__)
+    return value

@@ -1,0 +1,370 @@
+"""The command line. Heavy imports live inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from qlip_export.errors import QlipError
+
+if TYPE_CHECKING:
+    from qlip_export.bundle import Bundle
+    from qlip_export.runtime import Generation
+
+app = typer.Typer(
+    name="qlip-export",
+    help="Compile text-to-image diffusion models into engines whose precision is chosen as they run.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON result on stdout, all else on stderr.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of an engine.", show_default="all")
+]
+
+
+class Blocks(str, enum.Enum):
+    """Where the denoiser is cut."""
+
+    coarse = "coarse"
+    fine = "fine"
+    whole = "whole"
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Entry of the command line."""
+    if version:
+        from qlip_export import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="Name of the zoo (emoji) or a folder in the diffusers layout.")],
+    bits: Annotated[str, typer.Option(help="Activation bit options, increasing.")] = "8,16,32",
+    weight_bits: Annotated[int, typer.Option(help="Weight bits: 4, 8, or 32 for weights as they are.")] = 4,
+    blocks: Annotated[
+        Blocks, typer.Option(help="Where to cut: coarse, fine (ResNets, transformers), whole.")
+    ] = (Blocks.coarse),
+    backend: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images per batch, static.")] = 1,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    scheduler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")] = "dpmsolver++",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of calibration results.", show_default="the model's own")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where the bundle goes.", show_default="engines/MODEL")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model and compile its engines into a bundle."""
+    from qlip_export.build import BuildOptions
+    from qlip_export.build import build as run
+    from qlip_export.progress import progress_for_terminal
+
+    options = _validated(
+        BuildOptions,
+        model=model,
+        bits=_numbers(bits),
+        weight_bits=weight_bits,
+        granularity=blocks.value,
+        backend=backend,
+        batch_size=batch_size,
+        steps=steps,
+        scheduler=scheduler,
+        calibration=calibration,
+    )
+    target = out or Path("engines") / Path(model).resolve().name
+    with progress_for_terminal() as progress:
+        report = run(options, target, progress)
+    if as_json:
+        print(report.model_dump_json())
+        return
+    sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in report.bytes.items() if size)
+    print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits")
+    print(f"  {report.backend} on {report.device}, {report.engines} engines, {report.seconds:.0f} s")
+    print(f"  {report.built} files made, {report.reused} reused; {sizes}")
+    print(f'try: qlip-export generate {report.bundle} "a red apple"')
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompt: Annotated[list[str], typer.Argument(help="One prompt or several.", show_default=False)],
+    bits: Annotated[
+        int | None, typer.Option(help="Activation bits.", show_default="largest up to 16")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed; image i uses SEED + i.", show_default="random")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
+    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="PNG file, or a folder for several prompts.",
+            show_default="image.png or images/",
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make images from prompts."""
+    from qlip_export.progress import Silent, progress_for_terminal
+    from qlip_export.runtime import TextToImage
+
+    if not prompt or not all(p.strip() for p in prompt):
+        raise QlipError(
+            "a prompt is empty", expected="text", fix='e.g. qlip-export generate BUNDLE "a red apple"'
+        )
+    files = _image_paths(out, len(prompt))
+    pipeline = TextToImage.load(bundle, threads=threads)
+    with progress_for_terminal() if sys.stderr.isatty() else Silent() as progress:
+        progress.stage("sample", len(pipeline.bundle.manifest.sampler.steps) * len(prompt))
+        result = pipeline(
+            prompt,
+            seed=seed,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            bits=bits,
+            on_step=lambda done, total: progress.item(f"step {done} of {total}"),
+        )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    _save_images(result, files)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    for record in result.records:
+        seconds = record["seconds"]
+        print(
+            f"{record['file']}  seed {record['seed']}, {record['fab']:.2f} bits on average, "
+            f"{seconds['total']:.2f} s ({1000 * sum(seconds['steps']) / len(seconds['steps']):.0f} ms a step)"
+        )
+
+
+@app.command()
+def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Show what a bundle holds: blocks, variants, layers, precisions, sizes."""
+    from qlip_export.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if as_json:
+        print(opened.manifest.model_dump_json())
+        return
+    _print_bundle(opened)
+
+
+@app.command()
+def validate(
+    bundle: BundleArgument,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model to compare images with.", show_default="the one the bundle was built from"),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Prompt of the run whose activations are used.")
+    ] = "a red apple",
+    seed: Annotated[int, typer.Option(help="Seed of that run.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every engine with the captured graph on real activations, and the image with diffusers."""
+    from qlip_export.progress import progress_for_terminal
+    from qlip_export.validate import validate as run
+
+    with progress_for_terminal() as progress:
+        report = run(bundle, prompt=prompt, seed=seed, model=model, progress=progress)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        _print_validation(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="Name of the zoo or a folder in the diffusers layout.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text, a prompt a line.", show_default="the model's own, or generic"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of a run.")] = 25,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to run at most.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where results go.", show_default="calibration/MODEL")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the activation ranges of a model on prompts, over all timesteps."""
+    from qlip_export.calibrate import GENERIC_PROMPTS, measure_ranges, read_prompts
+    from qlip_export.files import written_aside
+    from qlip_export.progress import progress_for_terminal
+    from qlip_export.zoo import find_model
+
+    found, checkpoint = find_model(model)
+    own = found.calibration / "prompts.txt" if found.calibration else None
+    source = prompts or (own if own and own.is_file() else None)
+    texts = (read_prompts(source) if source else list(GENERIC_PROMPTS))[:limit]
+    target = (out or Path("calibration") / found.name) / "ranges.json"
+    with progress_for_terminal() as progress:
+        progress.stage("calibrate", len(texts) * steps)
+        ranges = measure_ranges(checkpoint, texts, steps=steps, on_step=lambda: progress.item(""))
+    with written_aside(target) as aside:
+        aside.write_text(ranges.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps({"ranges": str(target), "layers": len(ranges.layers), "prompts": len(texts)}))
+    else:
+        print(f"{target}: ranges of {len(ranges.layers)} layers from {len(texts)} prompts x {steps} steps")
+
+
+def main() -> NoReturn:
+    """Run the command line; errors that the user can mend are printed without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except QlipError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": error.as_dict()}))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _validated(kind: Any, **values: Any) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise QlipError(f"{option}: {first['msg']}", found=str(first.get("input"))) from error
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise QlipError("--bits is no list of numbers", expected="e.g. 8,16,32", found=text) from error
+
+
+def _image_paths(out: Path | None, count: int) -> list[Path]:
+    """Choose the files before anything is computed, and make sure they can be written."""
+    from qlip_export.files import explained_os_errors
+
+    if count == 1 and not (out is not None and out.is_dir()):
+        files = [out or Path("image.png")]
+        if files[0].suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise QlipError(
+                f"{files[0]} is no image file", expected="a name that ends in .png, .jpg or .webp"
+            )
+    else:
+        folder = out or Path("images")
+        files = [folder / f"{i:04d}.png" for i in range(count)]
+    with explained_os_errors(files[0].parent):
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        probe = files[0].parent / f".{files[0].name}.part"
+        probe.touch()
+        probe.unlink()
+    return files
+
+
+def _save_images(result: Generation, files: list[Path]) -> None:
+    from qlip_export.files import written_aside
+
+    for image, record, file in zip(result.images, result.records, files, strict=True):
+        with written_aside(file) as aside:
+            image.save(aside, format={"png": "PNG", "webp": "WEBP"}.get(file.suffix[1:].lower(), "JPEG"))
+        record["file"] = str(file)
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qlip_export.build import bytes_by_kind
+
+    manifest, console = bundle.manifest, Console(highlight=False)
+    sampler, shapes = manifest.sampler, manifest.shapes
+    height, width = shapes.image
+
+    layers = [layer for block in manifest.blocks for layer in block.layers]
+    console.print(
+        f"{manifest.model.name} ({manifest.model.family}), {width}x{height}, "
+        f"batch {shapes.batch_size}, {len(sampler.steps)} steps of {sampler.scheduler}"
+    )
+    console.print(
+        f"{len(layers)} layers, {sum(layer.quantized for layer in layers)} with activations at "
+        f"{'/'.join(map(str, manifest.bits))} bits; weights {manifest.quantization.weight_bits} bits "
+        f"({manifest.quantization.weight_method})"
+    )
+    if manifest.backend is not None:
+        console.print(
+            f"engines: {manifest.backend.name} {manifest.backend.version} on {manifest.backend.device}"
+        )
+    table = Table("block", "layers", "MACs", *(f"{b} bits" for b in manifest.bits), "inputs")
+    for block in manifest.blocks:
+        cells = []
+        for bits in manifest.bits:
+            engine = block.variants[f"a{bits}"].engine
+            size = f"{manifest.files[engine.path].size / 1e6:.1f} MB" if engine else "-"
+            cells.append(f"{size} {engine.container.value if engine else ''}")
+        macs = sum(layer.macs for layer in block.layers)
+        table.add_row(
+            block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells, ", ".join(block.inputs)
+        )
+    console.print(table)
+    console.print(
+        ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in bytes_by_kind(manifest).items() if size)
+    )
+
+
+def _print_validation(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("engine", "compared with", "relative error", "tolerance", "cosine", "")
+    for row in report.rows:
+        table.add_row(
+            f"{row.block} at {row.bits} bits",
+            row.reference,
+            f"{row.error:.2e}",
+            f"{row.tolerance:.0e}",
+            f"{row.cosine:.6f}",
+            "ok" if row.passed else "OFF",
+        )
+    console.print(table)
+    for image in report.images:
+        found = "not finite" if image.psnr is None else f"{image.psnr:.1f} dB"
+        wanted = f" (at least {image.least:.0f})" if image.least is not None else ""
+        console.print(f"image at {image.bits} bits against {image.reference}: {found}{wanted}")
+    for note in report.notes:
+        console.print(f"note: {note}")
+    off = [f"{row.block} at {row.bits} bits" for row in report.rows if not row.passed]
+    off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
+    console.print("all engines agree" if report.passed else f"off: {', '.join(off)}")
+
+
+if __name__ == "__main__":
+    main()

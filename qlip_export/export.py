@@ -1,0 +1,282 @@
+"""From a checkpoint to typed ONNX: every block at every bit option, one shared weight file, no engines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue
+
+from qlip_export.bundle import BlockEntry, ComponentEntry, LayerEntry, TensorEntry, VariantEntry
+from qlip_export.capture import (
+    OPSET,
+    Shapes,
+    capture_denoiser,
+    capture_text_encoder,
+    capture_vae_decoder,
+    denoiser_family,
+)
+from qlip_export.checkpoint import Checkpoint, Component
+from qlip_export.errors import QlipError
+from qlip_export.files import content_key, sha256_of
+from qlip_export.graph.cast import cast_to_half
+from qlip_export.graph.layers import find_layers, static_shape
+from qlip_export.graph.qdq import insert_qdq
+from qlip_export.graph.split import Block, split
+from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
+from qlip_export.progress import Progress
+from qlip_export.quant.ranges import Ranges
+from qlip_export.quant.weights import round_to_nearest
+from qlip_export.spec import Container, Granularity, WeightBits, container_of, variant_name
+from qlip_export.workspace import Workspace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DENOISER_INPUTS = ("latents", "timestep", "text")
+REFERENCE_BITS = 32
+"""Every block is also exported at 32 bits: validation compares against it."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        bits: Activation bit options, increasing.
+        weight_bits: 4 or 8 on a grid, 32 as they are.
+        granularity: Where to cut.
+    """
+
+    bits: tuple[int, ...]
+    weight_bits: WeightBits
+    granularity: Granularity
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export hands to the compiler and the manifest."""
+
+    inputs: tuple[TensorEntry, ...]
+    blocks: tuple[BlockEntry, ...]
+    text_encoder: ComponentEntry
+    vae_decoder: ComponentEntry
+
+
+class Exporter:
+    """Exports one checkpoint into a workspace, product by product."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        shapes: Shapes,
+        options: ExportOptions,
+        workspace: Workspace,
+        progress: Progress,
+    ) -> None:
+        """Nothing happens before the methods are called."""
+        self._checkpoint = checkpoint
+        self._shapes = shapes
+        self._options = options
+        self._workspace = workspace
+        self._progress = progress
+        self.family = denoiser_family(checkpoint)
+
+    @cached_property
+    def _code(self) -> str:
+        """Changes with the code that makes the graphs, so that an upgrade never reuses its predecessor's."""
+        package = Path(__file__).parent
+        sources = [package / "capture.py", package / "export.py", *sorted((package / "graph").glob("*.py"))]
+        sources += [package / "quant" / "weights.py", *sorted((package / "families").glob("*.py"))]
+        return content_key([sha256_of(p) for p in sources])
+
+    def run(self, ranges: Ranges | None) -> Exported:
+        """Capture, quantize and write everything.
+
+        Args:
+            ranges: Activation ranges; needed where a bit option is carried by INT8.
+
+        Raises:
+            QlipError: The architecture is unknown, weights are missing or not finite, a range is missing.
+        """
+        self._progress.stage("capture", 3)
+        denoiser = self._capture(
+            "denoiser", self._checkpoint.component(self.family.denoiser_folder), capture_denoiser
+        )
+        text = self._capture("text_encoder", self._checkpoint.component("text_encoder"), capture_text_encoder)
+        vae = self._capture("vae_decoder", self._checkpoint.component("vae"), capture_vae_decoder)
+        weights = self._weights("denoiser", denoiser, DENOISER_INPUTS, self._options.weight_bits)
+        blocks = self._blocks(denoiser, weights, ranges)
+        return Exported(
+            inputs=tuple(_tensor_entry(v) for v in denoiser.model.graph.inputs if v.name in DENOISER_INPUTS),
+            blocks=blocks,
+            text_encoder=self._component("text_encoder", text, ("input_ids",)),
+            vae_decoder=self._component("vae_decoder", vae, ("latents",)),
+        )
+
+    def _capture(self, name: str, component: Component, capture: Any) -> _Captured:
+        import onnx_ir as ir
+
+        self._progress.item(name)
+        versions = [
+            metadata.version(package) for package in ("torch", "diffusers", "transformers", "onnxscript")
+        ]
+        key = content_key("capture", self._code, versions, OPSET, component.config, self._shapes)
+        self._workspace.product(
+            f"capture/{name}.config.json",
+            content_key(component.config),
+            lambda path: _write_json(path, component.config),
+        )
+
+        def make(path: Path) -> None:
+            ir.save(capture(self._checkpoint, self._shapes), path)
+
+        path, _ = self._workspace.product(f"capture/{name}.onnx", key, make)
+        return _Captured(ir.load(path), component, content_key(key, component.fingerprint))
+
+    def _weights(self, name: str, captured: _Captured, inputs: tuple[str, ...], bits: WeightBits) -> _Weights:
+        graph = captured.model.graph
+        layers = find_layers(graph)
+        parameters = [str(v.name) for v in graph.inputs if v.name not in inputs]
+        key = content_key("weights", captured.key, bits)
+        self._progress.stage("weights", len(parameters))
+
+        def make(path: Path) -> JsonValue:
+            with path.open("wb") as file:
+                index = write_weights(
+                    file,
+                    layers,
+                    parameters,
+                    captured.component.get,
+                    bits,
+                    round_to_nearest,
+                    self._progress.item,
+                )
+            facts: JsonValue = index.model_dump(mode="json")
+            return facts
+
+        path, facts = self._workspace.product(f"onnx/{name}.weights.bin", key, make)
+        return _Weights(WeightIndex.model_validate(facts), path.name, path.parent, key)
+
+    def _blocks(
+        self, captured: _Captured, weights: _Weights, ranges: Ranges | None
+    ) -> tuple[BlockEntry, ...]:
+        blocks = split(
+            captured.model,
+            DENOISER_INPUTS,
+            lambda scope: self.family.block_of(scope, self._options.granularity),
+        )
+        bits = sorted({*self._options.bits, REFERENCE_BITS})
+        self._progress.stage("export", len(blocks) * len(bits))
+        entries = []
+        for block in blocks:
+            layers = tuple(
+                LayerEntry(
+                    name=layer.name,
+                    kind="conv" if layer.kind == "conv" else "linear",
+                    macs=layer.macs,
+                    weights=_count(block.model, layer.weight),
+                    quantized=self.family.quantizes(layer.name),
+                )
+                for layer in find_layers(block.model.graph)
+            )
+            variants = {variant_name(b): self._variant(block, layers, b, weights, ranges) for b in bits}
+            entries.append(
+                BlockEntry(
+                    name=block.name,
+                    inputs=block.inputs,
+                    outputs=block.outputs,
+                    layers=layers,
+                    variants=variants,
+                )
+            )
+        return tuple(entries)
+
+    def _variant(
+        self,
+        block: Block,
+        layers: tuple[LayerEntry, ...],
+        bits: int,
+        weights: _Weights,
+        ranges: Ranges | None,
+    ) -> VariantEntry:
+
+        self._progress.item(f"{block.name} at {bits} bits")
+        container = container_of(bits)
+        thresholds: dict[str, float] = {}
+        if container is Container.INT8:
+            if ranges is None:
+                raise QlipError(f"{bits}-bit activations need ranges", fix="give a calibration")
+            table = ranges.thresholds(bits)
+            thresholds = {layer.name: table[layer.name] for layer in layers if layer.quantized}
+        key = content_key("variant", weights.key, self._options.granularity, block.name, bits, thresholds)
+
+        def make(path: Path) -> None:
+            model = block.model.clone()
+            if container is Container.INT8:
+                insert_qdq(model, dict.fromkeys(thresholds, bits), thresholds)
+            if container is not Container.FLOAT:
+                cast_to_half(model, self.family.keeps_float32)
+            bind_weights(model, block.inputs, weights.index, weights.location, weights.folder)
+            _save(model, path)
+
+        path = f"onnx/{block.name}.{variant_name(bits)}.onnx"
+        self._workspace.product(path, key, make)
+        return VariantEntry(bits=bits, container=container, onnx=path)
+
+    def _component(self, name: str, captured: _Captured, inputs: tuple[str, ...]) -> ComponentEntry:
+        weights = self._weights(name, captured, inputs, 32)
+
+        def make(path: Path) -> None:
+            model = captured.model.clone()
+            bind_weights(model, inputs, weights.index, weights.location, weights.folder)
+            _save(model, path)
+
+        self._workspace.product(f"onnx/{name}.onnx", weights.key, make)
+        return ComponentEntry(onnx=f"onnx/{name}.onnx")
+
+
+@dataclass(frozen=True)
+class _Captured:
+    model: ir.Model
+    component: Component
+    key: str
+
+
+@dataclass(frozen=True)
+class _Weights:
+    index: WeightIndex
+    location: str
+    folder: Path
+    key: str
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Check types and shapes, then write the graph; weights stay where they are."""
+    import onnx
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    try:
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise QlipError(f"the graph {model.graph.name} is not well typed", found=str(error)) from error
+    path.write_bytes(proto.SerializeToString())
+
+
+def _count(model: ir.Model, weight: str) -> int:
+    from math import prod
+
+    return prod(static_shape(next(v for v in model.graph.inputs if v.name == weight)))
+
+
+def _tensor_entry(value: ir.Value) -> TensorEntry:
+    return TensorEntry(name=str(value.name), shape=static_shape(value), dtype="float32")

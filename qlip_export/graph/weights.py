@@ -1,0 +1,196 @@
+"""The one weight file of a bundle: each weight once, packed, and an index that says where.
+
+Layout: raw little-endian tensors, each aligned to 64 bytes, addressed by ONNX external data (offset, length).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qlip_export.graph.layers import Layer, static_shape
+from qlip_export.quant.weights import QuantizedWeight, WeightQuantizer, pack_int4
+from qlip_export.spec import Frozen, WeightBits
+
+ALIGNMENT = 64
+
+
+class StoredTensor(Frozen):
+    """Where a tensor lies in the weight file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    def external(self, name: str, location: str, folder: Path) -> ir.ExternalTensor:
+        """Return the tensor as ONNX external data of a model in ``folder``."""
+        return ir.ExternalTensor(
+            location,
+            self.offset,
+            self.length,
+            ir.DataType[self.dtype],
+            shape=ir.Shape(self.shape),
+            name=name,
+            base_dir=folder,
+        )
+
+
+class WeightIndex(Frozen):
+    """Everything in the weight file, by name."""
+
+    tensors: dict[str, StoredTensor]
+    layer_axis: dict[str, int]
+    """Quantized parameters and the axis of their scales, as stored."""
+
+
+class WeightWriter:
+    """Appends tensors to an open weight file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """Write to ``file`` from its current position on."""
+        self._file = file
+        self.tensors: dict[str, StoredTensor] = {}
+        self.layer_axis: dict[str, int] = {}
+
+    @property
+    def index(self) -> WeightIndex:
+        """The index of what has been written."""
+        return WeightIndex(tensors=self.tensors, layer_axis=self.layer_axis)
+
+    def add_layer(
+        self, layer: Layer, array: NDArray[Any], bits: WeightBits, quantize: WeightQuantizer
+    ) -> None:
+        """Store a layer's weight (out, in, ...) at ``bits``, transposed where the graph wants it so."""
+        if bits == 32:
+            self.add_parameter(layer.weight, array.T if layer.transposed else array)
+            return
+        quantized: QuantizedWeight = quantize(layer.name, array.astype(np.float32), bits, 0)
+        codes = quantized.codes.T if layer.transposed else quantized.codes
+        if bits == 4:
+            self._append(f"{layer.weight}.codes", "INT4", codes.shape, pack_int4(codes))
+        else:
+            self._append(f"{layer.weight}.codes", "INT8", codes.shape, codes)
+        self._append(f"{layer.weight}.scale", "FLOAT", quantized.scale.shape, quantized.scale)
+        self._append(
+            f"{layer.weight}.scale.half", "FLOAT16", quantized.scale.shape, quantized.scale.astype("<f2")
+        )
+        self.layer_axis[layer.weight] = 1 if layer.transposed else 0
+
+    def add_parameter(self, name: str, array: NDArray[Any]) -> None:
+        """Store a parameter as it is: nothing is gained by widening an FP16 checkpoint."""
+        if array.dtype == np.float16:
+            self._append(f"{name}.half", "FLOAT16", array.shape, array)
+        else:
+            self._append(name, "FLOAT", array.shape, array.astype("<f4"))
+            self._append(f"{name}.half", "FLOAT16", array.shape, array.astype("<f2"))
+
+    def _append(self, name: str, dtype: str, shape: tuple[int, ...], data: NDArray[Any]) -> None:
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(data).tobytes())
+        self.tensors[name] = StoredTensor(
+            dtype=dtype, shape=shape, offset=offset, length=self._file.tell() - offset
+        )
+
+
+def bind_weights(
+    model: ir.Model, runtime_inputs: tuple[str, ...], index: WeightIndex, location: str, folder: Path
+) -> None:
+    """Replace every parameter input of ``model`` by a reference into the weight file, in place.
+
+    Quantized weights become a DequantizeLinear over their codes, in the type the graph wants (FP32 or FP16).
+    Parameters that are stored only in FP16 are widened by a Cast where the graph wants FP32.
+    """
+    graph = model.graph
+    first = graph[0]
+    made: dict[str, ir.Value] = {}
+
+    def stored(name: str) -> ir.Value:
+        if name not in made:
+            tensor = index.tensors[name].external(name, location, folder)
+            made[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            graph.register_initializer(made[name])
+        return made[name]
+
+    for parameter in [v for v in graph.inputs if v.name not in runtime_inputs]:
+        graph.inputs.remove(parameter)
+        name, half = str(parameter.name), parameter.dtype == ir.DataType.FLOAT16
+        target = _weight_operand(parameter)
+        if name in index.layer_axis:
+            scale = stored(f"{name}.scale.half" if half else f"{name}.scale")
+            node = ir.node(
+                "DequantizeLinear",
+                [stored(f"{name}.codes"), scale],
+                {"axis": index.layer_axis[name]},
+                name=f"{name}.dq",
+            )
+            _insert(graph, first, node, target)
+        elif half or name in index.tensors:
+            value = stored(f"{name}.half" if half else name)
+            if static_shape(value) != static_shape(target):
+                raise ValueError(f"{name}: stored as {value.shape}, used as {target.shape}")
+            target.replace_all_uses_with(value)
+        else:
+            node = ir.node(
+                "Cast", [stored(f"{name}.half")], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.float"
+            )
+            _insert(graph, first, node, target)
+        transpose = target.producer()
+        if transpose is not None:
+            graph.remove(transpose, safe=True)
+
+
+def _weight_operand(parameter: ir.Value) -> ir.Value:
+    """Return the value a layer multiplies by: the parameter, or its transpose (stored transposed)."""
+    users = {u.node for u in parameter.uses()}
+    if len(users) == 1:
+        (user,) = users
+        if user.op_type == "Transpose" and all(u.node.op_type == "MatMul" for u in user.outputs[0].uses()):
+            return user.outputs[0]
+    return parameter
+
+
+def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node, target: ir.Value) -> None:
+    out = node.outputs[0]
+    out.name, out.shape, out.type = str(node.name), target.shape, target.type
+    graph.insert_before(before, node)
+    target.replace_all_uses_with(out)
+
+
+def write_weights(
+    file: IO[bytes],
+    layers: list[Layer],
+    parameters: list[str],
+    read: Callable[[str], NDArray[Any]],
+    bits: WeightBits,
+    quantize: WeightQuantizer,
+    on_layer: Callable[[str], None],
+) -> WeightIndex:
+    """Write all weights of a graph, one at a time, and return the index.
+
+    Args:
+        file: Open for binary writing.
+        layers: Layers whose weights are quantized.
+        parameters: Names of all parameters, those of the layers included.
+        read: Returns a parameter by name.
+        bits: Weight bits; 32 stores the weights as they are.
+        quantize: The method for 4 and 8 bits.
+        on_layer: Called with the name of each parameter before it is processed.
+    """
+    writer = WeightWriter(file)
+    layer_of = {layer.weight: layer for layer in layers}
+    for name in parameters:
+        on_layer(name)
+        if name in layer_of:
+            writer.add_layer(layer_of[name], read(name), bits, quantize)
+        else:
+            writer.add_parameter(name, read(name))
+    return writer.index

@@ -1,0 +1,141 @@
+"""What a person sees while something takes longer than two seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any
+
+
+class Progress(ABC):
+    """Stages with a known number of items, shown on stderr."""
+
+    def __enter__(self) -> Progress:
+        """Start showing."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop showing."""
+        return None
+
+    @abstractmethod
+    def stage(self, name: str, total: int) -> None:
+        """Begin a stage of ``total`` items; the one before is complete."""
+
+    @abstractmethod
+    def item(self, detail: str) -> None:
+        """Begin the next item of the stage."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """Say something that should stay readable."""
+
+
+class Silent(Progress):
+    """Shows nothing."""
+
+    def stage(self, name: str, total: int) -> None:
+        """See `Progress.stage`."""
+
+    def item(self, detail: str) -> None:
+        """See `Progress.item`."""
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+
+
+class Plain(Progress):
+    """A line per stage, and one every ten seconds: for logs and pipes."""
+
+    def __init__(self) -> None:
+        """Print to stderr."""
+        self._name, self._total, self._done, self._printed = "", 0, 0, 0.0
+
+    def stage(self, name: str, total: int) -> None:
+        """See `Progress.stage`."""
+        self._name, self._total, self._done, self._printed = name, total, 0, time.monotonic()
+        print(f"{name} ({total})", file=sys.stderr, flush=True)
+
+    def item(self, detail: str) -> None:
+        """See `Progress.item`."""
+        self._done += 1
+        if time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
+            print(f"{self._name}: {self._done}/{self._total} {detail}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+        print(text, file=sys.stderr, flush=True)
+
+
+class Live(Progress):
+    """A bar for each stage, with the item at work and the time left."""
+
+    def __init__(self) -> None:
+        """Draw on stderr."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        self._bars = Bars(
+            TextColumn("{task.description:<10}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+        self._total = 0
+        self._started = False
+
+    def __enter__(self) -> Live:
+        """See `Progress.__enter__`."""
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """See `Progress.__exit__`."""
+        if error is None:
+            self._complete()
+        self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """See `Progress.stage`."""
+        self._complete()
+        self._task = self._bars.add_task(name, total=total, detail="")
+        self._total, self._started = total, False
+
+    def item(self, detail: str) -> None:
+        """See `Progress.item`."""
+        self._bars.update(self._task, advance=1 if self._started else 0, detail=detail)
+        self._started = True
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+        self._bars.console.print(text, highlight=False)
+
+    def _complete(self) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=self._total, detail="")
+
+
+def progress_for_terminal(quiet: bool = False) -> Progress:
+    """Return bars where stderr is a terminal, plain lines elsewhere, nothing if ``quiet``."""
+    if quiet:
+        return Silent()
+    return Live() if sys.stderr.isatty() else Plain()

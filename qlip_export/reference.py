@@ -1,0 +1,82 @@
+"""The diffusers pipeline as the reference: the bundle's weights, the same noise, scheduler and guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from qlip_export.bundle import Bundle
+from qlip_export.calibrate import load_pipeline
+from qlip_export.capture import denoiser_family
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
+from qlip_export.graph.weights import WeightIndex
+from qlip_export.sampler_probe import scheduler_from_config
+
+DENOISER_WEIGHTS = "onnx/denoiser.weights.bin"
+
+
+def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint) -> Any:
+    """Return the FP32 diffusers pipeline with the weights and the scheduler of ``bundle``.
+
+    Raises:
+        QlipError: The checkpoint is not the one that the bundle was built from.
+    """
+    family = denoiser_family(checkpoint)
+    fingerprint = checkpoint.component(family.denoiser_folder).fingerprint
+    if fingerprint != bundle.manifest.model.fingerprint:
+        raise QlipError(
+            f"{checkpoint.folder} is not the model that {bundle.root} was built from",
+            expected=f"fingerprint {bundle.manifest.model.fingerprint}",
+            found=fingerprint,
+            fix="name the right model, or build the bundle again",
+        )
+    pipeline = load_pipeline(checkpoint)
+    sampler = bundle.manifest.sampler
+    pipeline.scheduler = scheduler_from_config(sampler.scheduler, dict(pipeline.scheduler.config))
+    denoiser = getattr(pipeline, family.denoiser_folder)
+    parameters = dict(denoiser.named_parameters())
+    for name, weight in quantized_weights(bundle).items():
+        parameters[name].data.copy_(torch.from_numpy(weight))
+    return pipeline
+
+
+def reference_image(
+    pipeline: Any, prompt: str, latents: NDArray[np.float32], *, steps: int, guidance: float
+) -> Image.Image:
+    """Return the image that diffusers makes of unit-variance ``latents`` (1, C, H, W)."""
+    with torch.inference_mode():
+        result = pipeline(
+            prompt, latents=torch.from_numpy(latents), num_inference_steps=steps, guidance_scale=guidance
+        )
+    image: Image.Image = result.images[0]
+    return image
+
+
+def quantized_weights(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
+    """Return the denoiser's weights that are stored on a grid, as float32 (out, in, ...), by name."""
+    path = bundle.file(DENOISER_WEIGHTS)
+    index = WeightIndex.model_validate(bundle.manifest.files[DENOISER_WEIGHTS].facts)
+
+    def stored(name: str) -> NDArray[np.float32]:
+        return index.tensors[name].external(name, path.name, path.parent).numpy().astype(np.float32)
+
+    weights = {}
+    for name, axis in index.layer_axis.items():
+        codes, scale = stored(f"{name}.codes"), stored(f"{name}.scale")
+        shape = [1] * codes.ndim
+        shape[axis] = -1
+        weight = codes * scale.reshape(shape)
+        weights[name] = np.ascontiguousarray(weight.T if axis == 1 else weight)
+    return weights
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Return the peak signal-to-noise ratio of two 8-bit images, dB; infinite if they are equal."""
+    difference = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    error = float((difference**2).mean())
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

@@ -1,0 +1,133 @@
+"""Block engines run one after the other, sharing buffers: the denoiser at any choice of bits per block.
+
+Every value between blocks has one buffer for each dtype that some variant reads or writes. Engines are bound
+to them once, when they are loaded; a step then only starts engines. Where neighbours disagree about the dtype
+(an FP32 block after a BF16 one), the plan of that bit pattern contains a cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip_export.backends.base import Backend, Buffer, Engine
+from qlip_export.bundle import Bundle, EngineEntry
+from qlip_export.errors import QlipError
+from qlip_export.spec import DType, variant_name
+
+BitPattern = tuple[int, ...]
+"""Activation bits of every block, in the order of the chain."""
+
+
+class Chain:
+    """The denoiser of a bundle."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        """Prepare buffers lazily; no engine is loaded yet."""
+        self.blocks = bundle.manifest.blocks
+        self._bundle = bundle
+        self._backend = backend
+        self._engines: dict[tuple[str, int], Engine] = {}
+        self._buffers: dict[tuple[str, DType], Buffer] = {}
+        self._plans: dict[BitPattern, list[Callable[[], None]]] = {}
+        self._external = {t.name for t in bundle.manifest.inputs}
+        self._held: dict[str, NDArray[np.float32]] = {}
+
+    def uniform(self, bits: int) -> BitPattern:
+        """Return the pattern that runs every block at ``bits``."""
+        return (bits,) * len(self.blocks)
+
+    def load(self, patterns: Iterable[BitPattern]) -> None:
+        """Load the engines that ``patterns`` need and are not loaded yet.
+
+        Raises:
+            QlipError: The bundle has no such variant, or an engine file is damaged.
+        """
+        for pattern in patterns:
+            for block, bits in zip(self.blocks, pattern, strict=True):
+                if (block.name, bits) not in self._engines:
+                    self._engines[block.name, bits] = self._load(block.name, self._engine_entry(block, bits))
+            if pattern not in self._plans:
+                self._plans[pattern] = self._plan(pattern)
+
+    def hold(self, name: str, array: NDArray[np.float32]) -> None:
+        """Set an input that stays the same over all steps of a run, e.g. the text states."""
+        self._held[name] = array
+        for (value, _), buffer in self._buffers.items():
+            if value == name:
+                self._backend.write(buffer, array)
+
+    def held(self, name: str) -> NDArray[np.float32]:
+        """Return what `hold` was last given for ``name``."""
+        return self._held[name]
+
+    def step(self, latents: NDArray[np.float32], timestep: float, pattern: BitPattern) -> NDArray[np.float32]:
+        """Run the denoiser once.
+
+        Args:
+            latents: (2N, C, H, W) float32, unconditional half first.
+            timestep: As the sampler table gives it.
+            pattern: Bits of every block; its engines must be loaded.
+
+        Returns:
+            The prediction, (2N, C, H, W) float32.
+        """
+        for (name, _), buffer in self._buffers.items():
+            if name == "latents":
+                self._backend.write(buffer, latents)
+            elif name == "timestep":
+                self._backend.write(buffer, np.array([timestep], dtype=np.float32))
+        for run in self._plans[pattern]:
+            run()
+        (output,) = self.blocks[-1].outputs
+        dtype = self._engine_entry(self.blocks[-1], pattern[-1]).outputs[0].dtype
+        result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
+        return result
+
+    def _engine_entry(self, block: Any, bits: int) -> EngineEntry:
+        variant = block.variants.get(variant_name(bits))
+        if variant is None or variant.engine is None:
+            options = sorted(v.bits for v in block.variants.values() if v.engine is not None)
+            raise QlipError(
+                f"block {block.name} has no {bits}-bit engine",
+                expected=" or ".join(map(str, options)) or "a compiled bundle",
+                found=str(bits),
+                fix="build the bundle with this bit option",
+            )
+        entry: EngineEntry = variant.engine
+        return entry
+
+    def _load(self, name: str, entry: EngineEntry) -> Engine:
+        engine = self._backend.load(self._bundle.file(entry.path), entry)
+        for port in (*entry.inputs, *entry.outputs):
+            key = (port.name, port.dtype)
+            if key not in self._buffers:
+                self._buffers[key] = self._backend.allocate(port.shape, port.dtype)
+                if port.name in self._held:
+                    self._backend.write(self._buffers[key], self._held[port.name])
+            engine.bind(port.name, self._buffers[key])
+        return engine
+
+    def _plan(self, pattern: BitPattern) -> list[Callable[[], None]]:
+        plan: list[Callable[[], None]] = []
+        ready: dict[str, list[DType]] = {}
+        for block, bits in zip(self.blocks, pattern, strict=True):
+            entry = self._engine_entry(block, bits)
+            for port in entry.inputs:
+                if port.name in self._external or port.dtype in ready[port.name]:
+                    continue
+                source = self._buffers[port.name, ready[port.name][0]]
+                target = self._buffers[port.name, port.dtype]
+                plan.append(_cast(self._backend, source, target))
+                ready[port.name].append(port.dtype)
+            plan.append(self._engines[block.name, bits].run)
+            for port in entry.outputs:
+                ready[port.name] = [port.dtype]
+        return plan
+
+
+def _cast(backend: Backend, source: Buffer, target: Buffer) -> Callable[[], None]:
+    return lambda: backend.cast(source, target)

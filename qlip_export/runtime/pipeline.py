@@ -1,0 +1,251 @@
+"""Prompt in, image out, through the engines of a bundle."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qlip_export.backends import get_backend
+from qlip_export.backends.base import Backend, Buffer
+from qlip_export.bundle import Bundle, ComponentEntry
+from qlip_export.errors import QlipError
+from qlip_export.runtime.chain import BitPattern, Chain
+from qlip_export.runtime.sampler import Sampler, guided
+from qlip_export.runtime.tokenizer import PromptTokenizer
+
+OnStep = Callable[[int, int], None]
+"""Called after each denoiser step with the number of steps done and the total."""
+
+
+@dataclass
+class Generation:
+    """What one call made: the images, and everything needed to make them again.
+
+    Attributes:
+        images: One PIL image for each prompt.
+        records: One dictionary for each image, JSON-serialisable: prompt, seed, bits of each block at each
+            step, FAB, seconds.
+    """
+
+    images: list[Image.Image]
+    records: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `generate --json` prints."""
+        return {"images": self.records, "warnings": self.warnings}
+
+
+class TextToImage:
+    """A loaded bundle. Calls are serialised: one instance may be shared by threads."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        """Use `TextToImage.load` instead."""
+        self.bundle = bundle
+        self.backend = backend
+        self.chain = Chain(bundle, backend)
+        self._tokenizer = PromptTokenizer(bundle)
+        self._text_encoder = _Component(bundle, bundle.manifest.text_encoder, backend)
+        self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, backend)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> TextToImage:
+        """Open a bundle with the backend it was compiled for.
+
+        Args:
+            path: The bundle's folder.
+            threads: CPU threads an engine may use; ``None`` leaves it to the backend.
+
+        Raises:
+            QlipError: No bundle, a damaged one, one without engines, or the backend is not installed.
+        """
+        bundle = Bundle.open(path)
+        if bundle.manifest.backend is None:
+            raise QlipError(f"{path} holds no engines", fix="build it with a backend")
+        return cls(bundle, get_backend(bundle.manifest.backend.name, threads=threads))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        latents: NDArray[np.float32] | None = None,
+        guidance: float = 4.0,
+        bits: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generation:
+        """Generate one image for each prompt.
+
+        Args:
+            prompt: One prompt or several.
+            negative_prompt: What to steer away from; empty by default.
+            seed: Seed of the first image; image i uses ``seed + i``. Drawn at random if absent.
+            latents: Initial noise instead of a seed, (N, C, H, W) float32 of unit variance.
+            guidance: Classifier-free guidance scale.
+            bits: Activation bits of all blocks; the bundle's default if absent.
+            on_step: Progress callback.
+
+        Raises:
+            QlipError: No prompt, latents of another shape, or bits that are not in the bundle.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise QlipError("the list of prompts is empty", fix="give at least one prompt")
+        if not np.isfinite(guidance):
+            raise QlipError("the guidance scale is not finite", expected="a number", found=str(guidance))
+        shape = (len(prompts), *self.bundle.manifest.shapes.latents[1:])
+        seeds: list[int | None] = [None] * len(prompts)
+        if latents is None:
+            first = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+            if first < 0:
+                raise QlipError("the seed is negative", expected="0 or more", found=str(first))
+            seeds = [first + i for i in range(len(prompts))]
+            noise = np.stack([seeded_noise(s, shape[1:]) for s in seeds if s is not None])
+        else:
+            noise = np.asarray(latents, dtype=np.float32)
+            if noise.shape != shape:
+                raise QlipError("latents of the wrong shape", expected=str(shape), found=str(noise.shape))
+        pattern = self.chain.uniform(self.bundle.bits(bits))
+        result = Generation([], [])
+        size = self.bundle.manifest.shapes.batch_size
+        steps = len(self.bundle.manifest.sampler.steps)
+        total = steps * -(-len(prompts) // size)
+        with self._lock:
+            for start in range(0, len(prompts), size):
+                done = steps * (start // size)
+
+                def report(step: int, done: int = done) -> None:
+                    if on_step is not None:
+                        on_step(done + step, total)
+
+                self._batch(
+                    prompts[start : start + size],
+                    seeds[start : start + size],
+                    noise[start : start + size],
+                    negative_prompt or "",
+                    float(guidance),
+                    pattern,
+                    result,
+                    report,
+                )
+        return result
+
+    def _batch(
+        self,
+        prompts: list[str],
+        seeds: list[int | None],
+        noise: NDArray[np.float32],
+        negative: str,
+        guidance: float,
+        pattern: BitPattern,
+        result: Generation,
+        report: Callable[[int], None],
+    ) -> None:
+        started = time.perf_counter()
+        count, size = len(prompts), self.bundle.manifest.shapes.batch_size
+        padding = size - count  # the engines' batch is static: the last batch repeats its last prompt
+        noise = np.concatenate([noise, np.repeat(noise[-1:], padding, axis=0)])
+        tokens = self._tokenizer([negative] * size + prompts + prompts[-1:] * padding)
+        for text, cut in {
+            negative: tokens.cut[0],
+            **dict(zip(prompts, tokens.cut[size:], strict=False)),
+        }.items():
+            if cut:
+                result.warnings.append(
+                    f"the prompt is longer than the text encoder takes "
+                    f"({self.bundle.manifest.shapes.text_length} tokens); cut: {cut!r} (of {text[:40]!r}...)"
+                )
+        text_states = self._text_encoder(input_ids=tokens.ids)["text"]
+        self.chain.load([pattern])
+        self.chain.hold("text", text_states)
+        loaded = time.perf_counter()
+        sampler = Sampler(self.bundle.manifest.sampler)
+        sampler.start(noise)
+        seconds: list[float] = []
+        while not sampler.done:
+            before = time.perf_counter()
+            latents = sampler.denoiser_input()
+            prediction = self.chain.step(np.concatenate([latents, latents]), sampler.timestep, pattern)
+            sampler.step(guided(prediction[:size], prediction[size:], guidance))
+            seconds.append(time.perf_counter() - before)
+            report(len(seconds))
+        decoding = time.perf_counter()
+        pixels = self._vae_decoder(latents=sampler.latents)["image"]
+        if not np.isfinite(pixels).all():
+            raise QlipError(
+                "the image is not finite",
+                fix=f"run 'qlip-export validate {self.bundle.root}' to find the block that overflows",
+            )
+        images = to_images(pixels[:count])
+        ended = time.perf_counter()
+        for prompt, seed, image in zip(prompts, seeds, images, strict=True):
+            result.images.append(image)
+            result.records.append(
+                {
+                    "prompt": prompt,
+                    "negative_prompt": negative,
+                    "seed": seed,
+                    "guidance": guidance,
+                    "fab": feature_average_bits(self.bundle, [pattern] * len(seconds)),
+                    "bits": [list(pattern)] * len(seconds),
+                    "blocks": [b.name for b in self.chain.blocks],
+                    "seconds": {
+                        "total": round(ended - started, 4),
+                        "prompt_and_load": round(loaded - started, 4),
+                        "steps": [round(s, 5) for s in seconds],
+                        "decode": round(ended - decoding, 4),
+                    },
+                }
+            )
+
+
+class _Component:
+    """Text encoder or VAE decoder: one engine, loaded at its first call."""
+
+    def __init__(self, bundle: Bundle, entry: ComponentEntry, backend: Backend) -> None:
+        self._bundle, self._entry, self._backend = bundle, entry, backend
+        self._buffers: dict[str, Buffer] = {}
+        self._engine: Any = None
+
+    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+        entry = self._entry.engine
+        if entry is None:
+            raise QlipError(
+                f"{self._bundle.root} holds no engine for {self._entry.onnx}", fix="build it again"
+            )
+        if self._engine is None:
+            self._engine = self._backend.load(self._bundle.file(entry.path), entry)
+            for port in (*entry.inputs, *entry.outputs):
+                self._buffers[port.name] = self._backend.allocate(port.shape, port.dtype)
+                self._engine.bind(port.name, self._buffers[port.name])
+        for name, array in inputs.items():
+            self._backend.write(self._buffers[name], array)
+        self._engine.run()
+        return {port.name: self._backend.read(self._buffers[port.name]) for port in entry.outputs}
+
+
+def seeded_noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return unit-variance noise; the same for the same seed on every machine (Philox)."""
+    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32)
+
+
+def to_images(pixels: NDArray[np.float32]) -> list[Image.Image]:
+    """Return (N, 3, H, W) in [-1, 1] as PIL images."""
+    levels = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return [Image.fromarray(image) for image in levels]
+
+
+def feature_average_bits(bundle: Bundle, patterns: Sequence[BitPattern]) -> float:
+    """Return FAB: the mean activation bits over quantized layers and steps (QLIP, metrics)."""
+    counts = np.array([sum(layer.quantized for layer in block.layers) for block in bundle.manifest.blocks])
+    return round(float((np.array(patterns) @ counts).mean() / counts.sum()), 4)

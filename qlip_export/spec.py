@@ -1,0 +1,78 @@
+"""The vocabulary shared by every stage: bit options, containers, dtypes and the sampler table."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qlip_export.errors import QlipError
+
+DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
+WeightBits = Literal[4, 8, 32]
+Granularity = Literal["coarse", "fine", "whole"]
+
+BIT_RANGE = (2, 32)
+"""Activation bits that have a container: 2 to 16, and 32."""
+
+
+class Frozen(BaseModel):
+    """Base of all configuration: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Container(str, Enum):
+    """The numeric format that carries an activation precision on hardware."""
+
+    INT8 = "int8"
+    HALF = "half"
+    FLOAT = "float32"
+
+
+def container_of(bits: int) -> Container:
+    """Return the container of an activation bit option.
+
+    Up to 8 bits are INT8 Q/DQ (fewer than 8 clip the grid), 9 to 16 bits are FP16 or BF16, 32 is FP32.
+
+    Raises:
+        QlipError: ``bits`` has no container.
+    """
+    if 2 <= bits <= 8:
+        return Container.INT8
+    if 9 <= bits <= 16:
+        return Container.HALF
+    if bits == 32:
+        return Container.FLOAT
+    raise QlipError(
+        f"no hardware format holds {bits}-bit activations", expected="2 to 16, or 32", found=str(bits)
+    )
+
+
+def variant_name(bits: int) -> str:
+    """Return the name of the uniform variant of a block at ``bits``, as files and manifests spell it."""
+    return f"a{bits}"
+
+
+class SamplerStep(Frozen):
+    """One sampling step as a linear combination.
+
+    ``denoiser input = input_scale * x_i`` and
+    ``x_{i+1} = sum_j sample[j] * x_{i-j} + sum_j output[j] * e_{i-j}``,
+    where ``e`` are the (guided) denoiser outputs.
+    """
+
+    timestep: float = Field(description="value handed to the denoiser")
+    input_scale: float
+    sample: tuple[float, ...] = Field(min_length=1, description="coefficients of x_i, x_{i-1}, ...")
+    output: tuple[float, ...] = Field(min_length=1, description="coefficients of e_i, e_{i-1}, ...")
+
+
+class SamplerTable(Frozen):
+    """A scheduler reduced to numbers: all that the run time needs to sample without it."""
+
+    scheduler: str = Field(description="name on the command line, e.g. 'dpmsolver++'")
+    scheduler_class: str = Field(description="diffusers class that was probed")
+    init_scale: float = Field(description="factor that turns unit-variance noise into x_0")
+    steps: tuple[SamplerStep, ...] = Field(min_length=1)

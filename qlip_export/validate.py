@@ -1,0 +1,283 @@
+"""Parity: every engine against the captured graph on real activations, the image against diffusers.
+
+The activations are those of a real sampling run. The reference of an FP32 or 16-bit engine is the captured
+FP32 graph with the bundle's weights, run by ONNX Runtime; the reference of an INT8 engine is the quantized
+graph itself, so that the engine is judged and not the quantization. How far quantization moves a block from
+FP32 is reported beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, VariantEntry
+from qlip_export.errors import QlipError
+from qlip_export.export import REFERENCE_BITS
+from qlip_export.progress import Progress
+from qlip_export.runtime import TextToImage
+from qlip_export.runtime.pipeline import seeded_noise
+from qlip_export.spec import Container, Frozen, variant_name
+from qlip_export.zoo import find_model
+
+Arrays = dict[str, NDArray[np.float32]]
+
+FLOAT32_IMAGE_PSNR = 45.0
+"""Least agreement, in dB, of the image at 32 bits with diffusers' own."""
+
+TOLERANCES: dict[tuple[Container, str], float] = {
+    (Container.FLOAT, "float32"): 1e-4,
+    (Container.HALF, "float16"): 1e-2,
+    (Container.HALF, "bfloat16"): 5e-2,
+    (Container.INT8, "float16"): 5e-2,
+    (Container.INT8, "bfloat16"): 1e-1,
+}
+"""Largest relative L2 error by container and by the dtype of what is not INT8."""
+
+
+class BlockRow(Frozen):
+    """One engine, judged on one or more steps of a real run; the worst step counts."""
+
+    block: str
+    bits: int
+    reference: str
+    error: float = Field(description="relative L2 error of the worst output")
+    cosine: float
+    tolerance: float
+    from_float32: float = Field(description="relative L2 distance from the FP32 graph: the price of the bits")
+    finite: bool
+    passed: bool
+
+
+class ImageRow(Frozen):
+    """The whole run against diffusers."""
+
+    bits: int
+    reference: str
+    psnr: float | None = Field(description="dB, capped at 100; none if not finite")
+    least: float | None
+    passed: bool
+
+
+class ValidationReport(Frozen):
+    """What was compared, and how it came out."""
+
+    bundle: str
+    prompt: str
+    seed: int
+    steps: tuple[int, ...] = Field(description="sampling steps whose activations were used")
+    rows: tuple[BlockRow, ...]
+    images: tuple[ImageRow, ...]
+    notes: tuple[str, ...]
+    passed: bool
+
+
+def validate(
+    path: str | os.PathLike[str], *, prompt: str, seed: int, model: str | None, progress: Progress
+) -> ValidationReport:
+    """Validate a bundle.
+
+    Args:
+        path: The bundle.
+        prompt: Prompt of the run whose activations are used.
+        seed: Its seed.
+        model: Model to compare the image with; the bundle's own source if absent.
+        progress: Display.
+
+    Raises:
+        QlipError: The bundle is damaged, or ONNX Runtime is not installed.
+    """
+    if find_spec("onnxruntime") is None:
+        raise QlipError("validation needs ONNX Runtime", fix='pip install "qlip-export[validate]"')
+    pipeline = TextToImage.load(path)
+    bundle = pipeline.bundle
+    for name in bundle.manifest.files:
+        bundle.file(name)
+    sampler_steps = len(bundle.manifest.sampler.steps)
+    steps = tuple(sorted({0, sampler_steps // 2, sampler_steps - 1}))
+    progress.stage("record", sampler_steps)
+    recorded = _record(pipeline, prompt, seed, steps, lambda: progress.item(""))
+    progress.stage("compare", len(bundle.manifest.blocks) * len(bundle.manifest.bits))
+    rows = _compare_blocks(pipeline, recorded, progress)
+    images, notes = _compare_images(pipeline, prompt, seed, model, progress)
+    return ValidationReport(
+        bundle=str(bundle.root),
+        prompt=prompt,
+        seed=seed,
+        steps=steps,
+        rows=tuple(rows),
+        images=tuple(images),
+        notes=tuple(notes),
+        passed=all(r.passed for r in rows) and all(i.passed for i in images),
+    )
+
+
+def _record(
+    pipeline: TextToImage, prompt: str, seed: int, steps: tuple[int, ...], on_step: Callable[[], None]
+) -> list[Arrays]:
+    """Return the denoiser's inputs at ``steps`` of a real run."""
+    found: list[Arrays] = []
+    original = pipeline.chain.step
+    count = 0
+
+    def recording(latents: Any, timestep: float, pattern: Any) -> Any:
+        nonlocal count
+        if count in steps:
+            text = pipeline.chain.held("text")
+            found.append(
+                {"latents": latents, "timestep": np.array([timestep], dtype=np.float32), "text": text}
+            )
+        count += 1
+        on_step()
+        return original(latents, timestep, pattern)
+
+    pipeline.chain.step = recording  # type: ignore[method-assign]
+    try:
+        pipeline(prompt, seed=seed)
+    finally:
+        pipeline.chain.step = original  # type: ignore[method-assign]
+    return found
+
+
+def _compare_blocks(pipeline: TextToImage, recorded: list[Arrays], progress: Progress) -> list[BlockRow]:
+    bundle = pipeline.bundle
+    rows = []
+    values = [dict(arrays) for arrays in recorded]
+    for block in bundle.manifest.blocks:
+        float32 = _reference_runner(bundle, block.variants[variant_name(REFERENCE_BITS)])
+        inputs = [{name: v[name] for name in block.inputs} for v in values]
+        exact = [float32(arrays) for arrays in inputs]
+        for bits in bundle.manifest.bits:
+            progress.item(f"{block.name} at {bits} bits")
+            variant = block.variants[variant_name(bits)]
+            if variant.engine is None:
+                raise QlipError(f"{block.name} has no engine at {bits} bits", fix="build the bundle again")
+            int8 = variant.container is Container.INT8
+            run = _reference_runner(bundle, variant) if int8 else None
+            expected = [run(arrays) for arrays in inputs] if run else exact
+            rows.append(_judge(pipeline, block, variant, variant.engine, inputs, expected, exact))
+        for value, outputs in zip(values, exact, strict=True):
+            value.update(outputs)
+    return rows
+
+
+def _judge(
+    pipeline: TextToImage,
+    block: BlockEntry,
+    variant: VariantEntry,
+    entry: EngineEntry,
+    inputs: list[Arrays],
+    expected: list[Arrays],
+    exact: list[Arrays],
+) -> BlockRow:
+    backend = pipeline.backend
+    engine = backend.load(pipeline.bundle.file(entry.path), entry)
+    buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
+    for name, buffer in buffers.items():
+        engine.bind(name, buffer)
+    error = distance = 0.0
+    cosine, finite = 1.0, True
+    for arrays, wanted, float32 in zip(inputs, expected, exact, strict=True):
+        for port in entry.inputs:
+            backend.write(buffers[port.name], arrays[port.name])
+        engine.run()
+        for port in entry.outputs:
+            got = backend.read(buffers[port.name])
+            finite = finite and bool(np.isfinite(got).all())
+            error = max(error, _relative(got, wanted[port.name]))
+            distance = max(distance, _relative(got, float32[port.name]))
+            cosine = min(cosine, _cosine(got, wanted[port.name]))
+    half = pipeline.backend.capabilities.half
+    working = "float32" if variant.container is Container.FLOAT else half
+    # A CPU without fast 16-bit arithmetic computes these containers in FP32, on values stored in FP16.
+    tolerance = TOLERANCES.get((variant.container, working), TOLERANCES[Container.INT8, "float16"])
+    reference = "the quantized graph" if variant.container is Container.INT8 else "the FP32 graph"
+    return BlockRow(
+        block=block.name,
+        bits=variant.bits,
+        reference=reference,
+        error=error,
+        cosine=cosine,
+        tolerance=tolerance,
+        from_float32=distance,
+        finite=finite,
+        passed=finite and error <= tolerance,
+    )
+
+
+def _reference_runner(bundle: Bundle, variant: VariantEntry) -> Callable[[Arrays], Arrays]:
+    """Return a function that runs a variant's ONNX file in ONNX Runtime on float32 arrays."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Reference means as written: no fusion may change what is computed.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(bundle.file(variant.onnx), options, providers=["CPUExecutionProvider"])
+    dtypes = {i.name: np.float16 if "float16" in i.type else np.float32 for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+
+    def run(arrays: Arrays) -> Arrays:
+        feeds = {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
+        outputs = session.run(names, feeds)
+        return {name: out.astype(np.float32) for name, out in zip(names, outputs, strict=True)}
+
+    return run
+
+
+def _compare_images(
+    pipeline: TextToImage, prompt: str, seed: int, model: str | None, progress: Progress
+) -> tuple[list[ImageRow], list[str]]:
+    bundle = pipeline.bundle
+    if any(find_spec(name) is None for name in ("torch", "diffusers")):
+        return [], [
+            "images were NOT compared: diffusers is not installed (pip install 'qlip-export[export]')"
+        ]
+    try:
+        _, checkpoint = find_model(model or bundle.manifest.model.source)
+    except QlipError as error:
+        if model is not None:
+            raise
+        return [], [f"images were NOT compared: {error.problem}; name the model with --model"]
+    from qlip_export.reference import psnr, reference_image, reference_pipeline
+
+    manifest = bundle.manifest
+    guidance, steps = 4.0, len(manifest.sampler.steps)
+    requested = steps - 1 if manifest.sampler.scheduler == "pndm" and steps > 1 else steps
+    progress.stage("image", 1 + len(manifest.bits))
+    progress.item("diffusers")
+    noise = seeded_noise(seed, manifest.shapes.latents[1:])[None]
+    expected = reference_image(
+        reference_pipeline(bundle, checkpoint), prompt, noise, steps=requested, guidance=guidance
+    )
+    rows = []
+    for bits in manifest.bits:
+        progress.item(f"{bits} bits")
+        found = psnr(pipeline(prompt, latents=noise, guidance=guidance, bits=bits).images[0], expected)
+        least = FLOAT32_IMAGE_PSNR if bits == REFERENCE_BITS else None
+        rows.append(
+            ImageRow(
+                bits=bits,
+                reference=f"diffusers in FP32 with {manifest.quantization.weight_bits}-bit weights",
+                psnr=min(found, 100.0),
+                least=least,
+                passed=least is None or found >= least,
+            )
+        )
+    return rows, []
+
+
+def _relative(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    norm = float(np.linalg.norm(reference))
+    return float(np.linalg.norm(value - reference)) / (norm or 1.0)
+
+
+def _cosine(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    norms = float(np.linalg.norm(value)) * float(np.linalg.norm(reference))
+    return float((value * reference).sum()) / norms if norms else float(np.array_equal(value, reference))
