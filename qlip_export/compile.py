@@ -30,8 +30,8 @@ def compile_engines(
     return Exported(
         inputs=exported.inputs,
         blocks=tuple(compiler.block(block, bits) for block in exported.blocks),
-        text_encoder=compiler.component("text_encoder", exported.text_encoder),
-        vae_decoder=compiler.component("vae_decoder", exported.vae_decoder),
+        text_encoder=compiler.component(exported.text_encoder),
+        vae_decoder=compiler.component(exported.vae_decoder),
     )
 
 
@@ -44,18 +44,17 @@ class _Compiler:
 
     def block(self, block: BlockEntry, bits: tuple[int, ...]) -> BlockEntry:
         variants = {
-            name: v.model_copy(update={"engine": self._engine(f"{block.name}.{name}", v.onnx, v.container)})
-            if v.bits in bits
-            else v
+            name: v.model_copy(update={"engine": self._engine(v.onnx, v.container)}) if v.bits in bits else v
             for name, v in block.variants.items()
         }
         return block.model_copy(update={"variants": variants})
 
-    def component(self, name: str, entry: ComponentEntry) -> ComponentEntry:
-        return entry.model_copy(update={"engine": self._engine(name, entry.onnx, Container.FLOAT)})
+    def component(self, entry: ComponentEntry) -> ComponentEntry:
+        return entry.model_copy(update={"engine": self._engine(entry.onnx, Container.FLOAT)})
 
-    def _engine(self, name: str, onnx: str, container: Container) -> EngineEntry:
-        self._progress.item(name.replace(".a", " at ") + (" bits" if ".a" in name else ""))
+    def _engine(self, onnx: str, container: Container) -> EngineEntry:
+        name = Path(onnx).stem
+        self._progress.item(name)
         # The key of the ONNX file covers its weights as well, which its own bytes do not.
         key = content_key(self._key, self._workspace.files[onnx].key)
         path = f"engines/{self._backend.name}/{name}{self._backend.capabilities.suffix}"

@@ -206,25 +206,26 @@ class Exporter:
     ) -> VariantEntry:
 
         self._progress.item(f"{block.name} at {bits} bits")
-        container = container_of(bits)
+        container = Container.FLOAT if block.name in self.family.float32_blocks else container_of(bits)
         thresholds: dict[str, float] = {}
         if container is Container.INT8:
             if ranges is None:
                 raise QlipError(f"{bits}-bit activations need ranges", fix="give a calibration")
             table = ranges.thresholds(bits)
             thresholds = {layer.name: table[layer.name] for layer in layers if layer.quantized}
-        key = content_key("variant", weights.key, self._options.granularity, block.name, bits, thresholds)
+        stored = REFERENCE_BITS if container is Container.FLOAT else bits
+        key = content_key("variant", weights.key, self._options.granularity, block.name, stored, thresholds)
 
         def make(path: Path) -> None:
             model = block.model.clone()
             if container is Container.INT8:
                 insert_qdq(model, dict.fromkeys(thresholds, bits), thresholds)
             if container is not Container.FLOAT:
-                cast_to_half(model, self.family.keeps_float32)
+                cast_to_half(model)
             bind_weights(model, block.inputs, weights.index, weights.location, weights.folder)
             _save(model, path)
 
-        path = f"onnx/{block.name}.{variant_name(bits)}.onnx"
+        path = f"onnx/{block.name}.{variant_name(stored)}.onnx"
         self._workspace.product(path, key, make)
         return VariantEntry(bits=bits, container=container, onnx=path)
 

@@ -36,7 +36,7 @@ class Family:
         denoiser_folder: Its folder in the diffusers layout.
         blocks: For every granularity the block patterns, the first match wins.
         high_precision_layers: Patterns of layers whose activations never go below 16 bits.
-        float32_scopes: Patterns of modules computed in FP32 in every variant (sinusoids of the timestep).
+        float32_blocks: Blocks that are computed in FP32 at every bit option (the sinusoids of the timestep).
     """
 
     name: str
@@ -44,7 +44,7 @@ class Family:
     denoiser_folder: str
     blocks: dict[Granularity, tuple[BlockPattern, ...]]
     high_precision_layers: tuple[str, ...]
-    float32_scopes: tuple[str, ...]
+    float32_blocks: tuple[str, ...]
 
     def block_of(self, module_path: str, granularity: Granularity) -> str | None:
         """Return the block a module belongs to, or ``None`` for modules between blocks."""
@@ -57,10 +57,6 @@ class Family:
     def quantizes(self, layer: str) -> bool:
         """Say whether the policy may lower the activation bits of ``layer``."""
         return not any(re.fullmatch(p, layer) for p in self.high_precision_layers)
-
-    def keeps_float32(self, module_path: str) -> bool:
-        """Say whether a module is computed in FP32 whatever the variant."""
-        return any(re.match(rf"(?:{p})(?=\.|$)", module_path) for p in self.float32_scopes)
 
 
 def family_of(denoiser_class: str) -> Family:
