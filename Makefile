@@ -21,8 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## create .venv with the pinned dependencies
 
-quickstart: install ## build the embedded emoji model and draw one image
-	$(BIN)/python -m tools.quickstart
+quickstart: install ## build the embedded emoji model, draw a dozen prompts, validate
+	$(BIN)/qlip-export quickstart
 
 test: install ## the fast tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -238,6 +238,28 @@ def calibrate(
         print(f"{target}: ranges of {len(ranges.layers)} layers from {len(texts)} prompts x {steps} steps")
 
 
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the bundle and the images.")] = (
+        Path("engines")
+    ),
+) -> None:
+    """Build the embedded emoji model, draw a dozen prompts at each bit option, validate."""
+    from qlip_export.progress import progress_for_terminal
+    from qlip_export.quickstart import quickstart as run
+
+    with progress_for_terminal() as progress:
+        report = run(out, progress)
+    _print_validation(report.validation)
+    print(f"bundle:  {report.build.bundle} (built in {report.build.seconds:.0f} s)")
+    print(f"images:  {report.sheet}")
+    for bits, seconds in report.seconds_per_image.items():
+        print(f"         {seconds:.2f} s an image at {bits} bits")
+    print(f'try:     qlip-export generate {report.build.bundle} "a rocket in noto style" --bits 8')
+    if not report.validation.passed:
+        raise typer.Exit(1)
+
+
 def main() -> NoReturn:
     """Run the command line; errors that the user can mend are printed without a traceback."""
     try:

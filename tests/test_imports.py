@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compile": {"spec", "files", "bundle", "backends", "progress", "workspace", "export"},
     "build": {"*", "-cli", "-runtime", "-bench"},
     "validate": {"*", "-cli", "-bench"},
+    "quickstart": {"*", "-cli", "-bench"},
     "bench": {"*", "-cli"},
     "cli": {"*"},
     "__main__": {"cli"},

@@ -11,7 +11,7 @@ _FLOAT_ONLY_INPUTS = {"Resize": (1, 2)}
 
 
 def cast_to_half(model: ir.Model) -> None:
-    """Retype all floating-point values of ``model`` to FP16 in place: inputs, outputs, parameters, constants."""
+    """Retype every FP32 value of ``model`` to FP16 in place, inputs, parameters and outputs included."""
     graph = model.graph
     constants: dict[ir.Value, ir.Value] = {}
     for value in graph.inputs:

@@ -1,0 +1,113 @@
+"""From nothing to a sheet of images: build the embedded model, draw a dozen prompts at each bit option, validate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from qlip_export.build import BuildOptions, BuildReport, build
+from qlip_export.files import explained_os_errors, written_aside
+from qlip_export.progress import Progress
+from qlip_export.runtime import TextToImage
+from qlip_export.validate import ValidationReport, validate
+
+PROMPTS = (
+    "volcano",
+    "rainbow",
+    "rocket, space, launch",
+    "cat face, noto style",
+    "an emoji of octopus in fluent flat style",
+    "a twemoji style emoji of hamburger on a white background",
+    "a picture of red apple in noto style, centered on white",
+    "an emoji of sailboat in fluent color style",
+    "pizza, cheese, slice, fluent color style",
+    "an emoji of snowman in twemoji style",
+    "cherry blossom, blossom, flower, fluent flat style",
+    "an icon of alarm clock with time and wake, drawn in fluent color style",
+)
+
+
+@dataclass(frozen=True)
+class QuickstartReport:
+    """What a quickstart made."""
+
+    build: BuildReport
+    validation: ValidationReport
+    sheet: Path
+    seconds_per_image: dict[int, float]
+
+
+def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
+    """Build, generate and validate in ``folder``.
+
+    Args:
+        folder: Gets the bundle `emoji` and the contact sheet `quickstart.png`.
+        progress: Display.
+
+    Raises:
+        QlipError: The folder cannot be written, or anything that `build` raises.
+    """
+    bundle = folder / "emoji"
+    built = build(BuildOptions(model="emoji"), bundle, progress)
+    pipeline = TextToImage.load(bundle)
+    options = pipeline.bundle.manifest.bits
+    progress.stage("sample", len(options) * len(PROMPTS))
+    columns: list[tuple[str, list[Image.Image]]] = []
+    seconds: dict[int, float] = {}
+    for bits in options:
+        records = []
+        images = []
+        for index, prompt in enumerate(PROMPTS):
+            progress.item(f"{prompt[:30]} at {bits} bits")
+            result = pipeline(prompt, seed=index, bits=bits)
+            images += result.images
+            records += result.records
+        totals = sorted(r["seconds"]["total"] for r in records)
+        seconds[bits] = totals[len(totals) // 2]
+        columns.append((f"{bits} bits, {seconds[bits]:.1f} s", images))
+    sheet = folder / "quickstart.png"
+    with explained_os_errors(sheet), written_aside(sheet) as aside:
+        contact_sheet(list(PROMPTS), columns).save(aside, format="PNG")
+    report = validate(bundle, prompt=PROMPTS[0], seed=0, model=None, progress=progress)
+    return QuickstartReport(built, report, sheet, seconds)
+
+
+def contact_sheet(rows: list[str], columns: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+    """Return a grid of images: a row for each prompt, a column for each setting, with captions."""
+    width, height = columns[0][1][0].size
+    margin, label, head = 8, 330, 32
+    sheet = Image.new(
+        "RGB", (label + len(columns) * (width + margin), head + len(rows) * (height + margin)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    for x, (title, images) in enumerate(columns):
+        left = label + x * (width + margin)
+        draw.text((left + width / 2, head / 2), title, "black", font, anchor="mm")
+        for y, image in enumerate(images):
+            sheet.paste(image, (left, head + y * (height + margin)))
+    for y, text in enumerate(rows):
+        draw.multiline_text(
+            (label - 16, head + y * (height + margin) + height / 2),
+            _wrapped(text, draw, font, label - 32),
+            "black",
+            font,
+            anchor="rm",
+            align="right",
+        )
+    return sheet
+
+
+def _wrapped(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
