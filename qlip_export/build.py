@@ -47,8 +47,8 @@ class BuildOptions(Frozen):
     weight_bits: WeightBits = 4
     granularity: Granularity = "coarse"
     backend: str = "auto"
-    batch_size: int = Field(1, ge=1, le=64)
-    steps: int = Field(25, ge=1, le=1000)
+    batch_size: int = Field(default=1, ge=1, le=64)
+    steps: int = Field(default=25, ge=1, le=1000)
     scheduler: str = "dpmsolver++"
     calibration: Path | None = None
 

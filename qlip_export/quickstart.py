@@ -1,4 +1,4 @@
-"""From nothing to a sheet of images: build the embedded model, draw a dozen prompts at each bit option, validate."""
+"""Build the embedded model, draw a dozen prompts at each bit option, validate: from nothing to images."""
 
 from __future__ import annotations
 
