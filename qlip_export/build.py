@@ -6,7 +6,6 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -17,6 +16,7 @@ from qlip_export.bundle import (
     SCHEMA_VERSION,
     BackendEntry,
     Bundle,
+    Exported,
     Manifest,
     ModelEntry,
     QuantizationEntry,
@@ -27,7 +27,7 @@ from qlip_export.capture import Shapes, capture_tokenizer, shapes_of
 from qlip_export.checkpoint import Checkpoint, read_json
 from qlip_export.compile import compile_engines
 from qlip_export.errors import QlipError
-from qlip_export.export import Exported, Exporter, ExportOptions
+from qlip_export.export import Exporter, ExportOptions
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import Ranges
@@ -268,23 +268,6 @@ def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport
         engines=sum(path.startswith("engines/") for path in manifest.files),
         built=workspace.built,
         reused=workspace.reused,
-        bytes=bytes_by_kind(manifest),
+        bytes=manifest.bytes_by_kind,
         seconds=round(seconds, 1),
     )
-
-
-def bytes_by_kind(manifest: Manifest) -> dict[str, int]:
-    """Return the bytes of a bundle by kind of file."""
-    totals: dict[str, Any] = {"weights": 0, "onnx": 0, "engines": 0, "other": 0}
-    for path, entry in manifest.files.items():
-        kind = (
-            "engines"
-            if path.startswith("engines/")
-            else "weights"
-            if path.endswith(".weights.bin")
-            else "onnx"
-            if path.endswith(".onnx")
-            else "other"
-        )
-        totals[kind] += entry.size
-    return totals

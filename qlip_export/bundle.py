@@ -94,6 +94,15 @@ class ComponentEntry(Frozen):
     engine: EngineEntry | None = None
 
 
+class Exported(Frozen):
+    """What an export adds to a manifest; compiling fills in the engines."""
+
+    inputs: tuple[TensorEntry, ...]
+    blocks: tuple[BlockEntry, ...]
+    text_encoder: ComponentEntry
+    vae_decoder: ComponentEntry
+
+
 class ModelEntry(Frozen):
     """What was compiled."""
 
@@ -156,6 +165,16 @@ class Manifest(Frozen):
     backend: BackendEntry | None
     versions: dict[str, str]
     files: dict[BundlePath, FileEntry]
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of the bundle by kind of file."""
+        totals = {"weights": 0, "onnx": 0, "engines": 0, "other": 0}
+        for path, entry in self.files.items():
+            suffix = path.rsplit(".", 1)[-1]
+            kind = "engines" if path.startswith("engines/") else {"bin": "weights"}.get(suffix, suffix)
+            totals[kind if kind in totals else "other"] += entry.size
+        return totals
 
 
 class Bundle:

@@ -264,12 +264,39 @@ def main() -> NoReturn:
     """Run the command line; errors that the user can mend are printed without a traceback."""
     try:
         app(standalone_mode=True)
+    except ModuleNotFoundError as error:
+        # Whoever only runs bundles has installed neither torch nor the ONNX tools.
+        package = (error.name or "").split(".")[0]
+        if package not in _EXPORT_PACKAGES:
+            raise
+        _fail(
+            QlipError(
+                f"this command needs {package}, which is not installed",
+                fix='pip install "qlip-export[export]"',
+            )
+        )
     except QlipError as error:
-        if "--json" in sys.argv:
-            print(json.dumps({"error": error.as_dict()}))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error)
     sys.exit(0)
+
+
+_EXPORT_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+)
+
+
+def _fail(error: QlipError) -> NoReturn:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": error.as_dict()}))
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _validated(kind: Any, **values: Any) -> Any:
@@ -324,8 +351,6 @@ def _print_bundle(bundle: Bundle) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qlip_export.build import bytes_by_kind
-
     manifest, console = bundle.manifest, Console(highlight=False)
     sampler, shapes = manifest.sampler, manifest.shapes
     height, width = shapes.image
@@ -357,7 +382,7 @@ def _print_bundle(bundle: Bundle) -> None:
         )
     console.print(table)
     console.print(
-        ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in bytes_by_kind(manifest).items() if size)
+        ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
     )
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter
 
 from qlip_export.backends.base import Backend
-from qlip_export.bundle import BlockEntry, ComponentEntry, EngineEntry, TensorEntry
-from qlip_export.export import Exported
+from qlip_export.bundle import BlockEntry, ComponentEntry, EngineEntry, Exported, TensorEntry
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
 from qlip_export.spec import Container

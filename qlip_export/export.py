@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from qlip_export.bundle import BlockEntry, ComponentEntry, LayerEntry, TensorEntry, VariantEntry
+from qlip_export.bundle import BlockEntry, ComponentEntry, Exported, LayerEntry, TensorEntry, VariantEntry
 from qlip_export.capture import (
     OPSET,
     Shapes,
@@ -31,15 +31,20 @@ from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.weights import round_to_nearest
-from qlip_export.spec import Container, Granularity, WeightBits, container_of, variant_name
+from qlip_export.spec import (
+    REFERENCE_BITS,
+    Container,
+    Granularity,
+    WeightBits,
+    container_of,
+    variant_name,
+)
 from qlip_export.workspace import Workspace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DENOISER_INPUTS = ("latents", "timestep", "text")
-REFERENCE_BITS = 32
-"""Every block is also exported at 32 bits: validation compares against it."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,6 @@ class ExportOptions:
     bits: tuple[int, ...]
     weight_bits: WeightBits
     granularity: Granularity
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export hands to the compiler and the manifest."""
-
-    inputs: tuple[TensorEntry, ...]
-    blocks: tuple[BlockEntry, ...]
-    text_encoder: ComponentEntry
-    vae_decoder: ComponentEntry
 
 
 class Exporter:

@@ -86,15 +86,17 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
     The lock goes with the process that holds it, so a killed build never leaves one behind.
     """
-    import fcntl
+    from filelock import FileLock, Timeout
 
     with explained_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
+        lock = FileLock(path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

@@ -13,8 +13,8 @@ DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 WeightBits = Literal[4, 8, 32]
 Granularity = Literal["coarse", "fine", "whole"]
 
-BIT_RANGE = (2, 32)
-"""Activation bits that have a container: 2 to 16, and 32."""
+REFERENCE_BITS = 32
+"""Every block is also exported at 32 bits, whatever the options: validation compares against that graph."""
 
 
 class Frozen(BaseModel):

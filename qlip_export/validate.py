@@ -19,11 +19,10 @@ from pydantic import Field
 
 from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, VariantEntry
 from qlip_export.errors import QlipError
-from qlip_export.export import REFERENCE_BITS
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.pipeline import seeded_noise
-from qlip_export.spec import Container, Frozen, variant_name
+from qlip_export.spec import REFERENCE_BITS, Container, Frozen, variant_name
 from qlip_export.zoo import find_model
 
 Arrays = dict[str, NDArray[np.float32]]

@@ -76,7 +76,19 @@ LIBRARIES: dict[str, set[str]] = {
 }
 
 # What running a bundle loads, and what it must never load.
-TORCH_FREE = ("errors", "files", "spec", "bundle", "backends", "runtime")
+TORCH_FREE = (
+    "errors",
+    "files",
+    "spec",
+    "bundle",
+    "backends",
+    "runtime",
+    "validate",
+    "compile",
+    "workspace",
+    "zoo",
+    "cli",
+)
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
 
 
