@@ -351,7 +351,9 @@ def _print_bundle(bundle: Bundle) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    manifest, console = bundle.manifest, Console(highlight=False)
+    from qlip_export.spec import variant_name
+
+    manifest, console = bundle.manifest, Console(highlight=False, markup=False, soft_wrap=True)
     sampler, shapes = manifest.sampler, manifest.shapes
     height, width = shapes.image
 
@@ -369,17 +371,15 @@ def _print_bundle(bundle: Bundle) -> None:
         console.print(
             f"engines: {manifest.backend.name} {manifest.backend.version} on {manifest.backend.device}"
         )
-    table = Table("block", "layers", "MACs", *(f"{b} bits" for b in manifest.bits), "inputs")
+    table = Table("block", "layers", "MACs", *(f"{b} bits" for b in manifest.bits))
     for block in manifest.blocks:
         cells = []
         for bits in manifest.bits:
-            engine = block.variants[f"a{bits}"].engine
-            size = f"{manifest.files[engine.path].size / 1e6:.1f} MB" if engine else "-"
-            cells.append(f"{size} {engine.container.value if engine else ''}")
+            engine = block.variants[variant_name(bits)].engine
+            size = manifest.files[engine.path].size / 1e6 if engine else 0
+            cells.append(f"{engine.container.value} {size:.1f} MB" if engine else "no engine")
         macs = sum(layer.macs for layer in block.layers)
-        table.add_row(
-            block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells, ", ".join(block.inputs)
-        )
+        table.add_row(block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells)
     console.print(table)
     console.print(
         ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
@@ -390,18 +390,21 @@ def _print_validation(report: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    table = Table("engine", "compared with", "relative error", "tolerance", "cosine", "")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = Table("block", "bits", "error", "tolerance", "cosine", "")
     for row in report.rows:
         table.add_row(
-            f"{row.block} at {row.bits} bits",
-            row.reference,
-            f"{row.error:.2e}",
+            row.block,
+            str(row.bits),
+            f"{row.error:.1e}",
             f"{row.tolerance:.0e}",
             f"{row.cosine:.6f}",
-            "ok" if row.passed else "OFF",
+            "ok" if row.passed else "OFF" if row.finite else "NOT FINITE",
         )
     console.print(table)
+    console.print(
+        "error: relative L2; 16 and 32 bits against the FP32 graph, INT8 against the quantized graph"
+    )
     for image in report.images:
         found = "not finite" if image.psnr is None else f"{image.psnr:.1f} dB"
         wanted = f" (at least {image.least:.0f})" if image.least is not None else ""
