@@ -371,13 +371,14 @@ def _print_bundle(bundle: Bundle) -> None:
         console.print(
             f"engines: {manifest.backend.name} {manifest.backend.version} on {manifest.backend.device}"
         )
-    table = Table("block", "layers", "MACs", *(f"{b} bits" for b in manifest.bits))
+    table = Table("block", "layers", "MACs", *(f"{b} bits, MB" for b in manifest.bits))
+    table.columns[0].no_wrap = True
     for block in manifest.blocks:
         cells = []
         for bits in manifest.bits:
             engine = block.variants[variant_name(bits)].engine
             size = manifest.files[engine.path].size / 1e6 if engine else 0
-            cells.append(f"{engine.container.value} {size:.1f} MB" if engine else "no engine")
+            cells.append(f"{engine.container.value} {size:.1f}" if engine else "no engine")
         macs = sum(layer.macs for layer in block.layers)
         table.add_row(block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells)
     console.print(table)
