@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,20 @@ def measure_ranges(
 def load_pipeline(checkpoint: Checkpoint) -> Any:
     """Return the diffusers pipeline of a checkpoint in FP32 on the CPU, silent and without safety checker."""
     import diffusers
+    import transformers
 
     diffusers.utils.logging.disable_progress_bar()
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        checkpoint.folder,
-        torch_dtype=torch.float32,
-        local_files_only=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # Newer versions call it `dtype`, which older ones would silently ignore.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            checkpoint.folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,9 +1,14 @@
-"""Process-wide settings of the test suite."""
+"""Process-wide settings of the test suite, and a tiny model with bundles that all tests and workers share."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 # One CPU for each xdist worker. Not every engine library reads OMP_NUM_THREADS (OpenVINO goes by TBB), but
@@ -16,3 +21,91 @@ if _worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
 # A deadline for each example measures how busy the machine is; the timeout of the whole test is enough.
 settings.register_profile("qlip", deadline=None)
 settings.load_profile("qlip")
+
+STEPS = 4
+"""Sampling steps of every shared bundle."""
+
+Shared = Callable[[str, Callable[[Path], Any]], Path]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Make a folder once for all workers: `shared(name, make)` calls `make(path)` if nobody has yet.
+
+    What it returns belongs to everyone: copy it before changing it.
+    """
+    from qlip_export.files import locked
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if _worker else base) / "shared"
+
+    def get(name: str, make: Callable[[Path], Any]) -> Path:
+        done = root / f"{name}.done"
+        with locked(root / f"{name}.lock", on_wait=lambda: None):
+            if not done.exists():
+                shutil.rmtree(root / name, ignore_errors=True)
+                make(root / name)
+                done.touch()
+        return root / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared: Shared) -> Path:
+    """A text-to-image model with random weights in the diffusers layout, FP32."""
+    from tests.tiny import write_model
+
+    return shared("tiny", write_model)
+
+
+@pytest.fixture(scope="session")
+def calibration(shared: Shared, tiny_model: Path) -> Path:
+    """Activation ranges of the tiny model, as `qlip-export calibrate` writes them."""
+
+    def measure(folder: Path) -> None:
+        from qlip_export.calibrate import measure_ranges
+        from qlip_export.checkpoint import Checkpoint
+
+        ranges = measure_ranges(Checkpoint(tiny_model), ["a red apple", "the blue boat"], steps=3)
+        folder.mkdir()
+        (folder / "ranges.json").write_text(ranges.model_dump_json(), encoding="utf-8")
+
+    return shared("calibration", measure)
+
+
+@pytest.fixture(scope="session")
+def bundle(shared: Shared, tiny_model: Path, calibration: Path) -> Path:
+    """The tiny model at 8, 16 and 32 bits with 4-bit weights, compiled by OpenVINO."""
+    return shared("bundle", lambda out: build_tiny(tiny_model, out, calibration=calibration))
+
+
+@pytest.fixture(scope="session")
+def plain_bundle(shared: Shared, tiny_model: Path, bundle: Path) -> Path:
+    """The tiny model in FP32 with its weights as they are, compiled by OpenVINO."""
+
+    def make(out: Path) -> None:
+        shutil.copytree(bundle, out)  # its captures are good for any number of bits
+        build_tiny(tiny_model, out, bits=(32,), weight_bits=32)
+
+    return shared("plain", make)
+
+
+@pytest.fixture(scope="session")
+def ort_bundle(shared: Shared, tiny_model: Path, bundle: Path, calibration: Path) -> Path:
+    """As `bundle`, but compiled by ONNX Runtime."""
+
+    def make(out: Path) -> None:
+        shutil.copytree(bundle, out)
+        build_tiny(tiny_model, out, backend="onnxruntime", calibration=calibration)
+
+    return shared("ort", make)
+
+
+def build_tiny(model: Path, out: Path, **options: Any) -> Any:
+    """Build in this process and return the report."""
+    from qlip_export.build import BuildOptions, build
+    from qlip_export.progress import Silent
+
+    options = {"backend": "openvino", "steps": STEPS} | options
+    return build(BuildOptions(model=str(model), **options), out, Silent())
