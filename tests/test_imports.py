@@ -57,7 +57,7 @@ TORCH_MODULES = {
     "quant",
     "-quant.weights",
 }
-ONNX_MODULES = {"capture", "graph", "export", "build", "validate", "lazy:backends"}
+ONNX_MODULES = {"capture", "graph", "policy.graph", "export", "build", "validate", "lazy:backends"}
 
 # Who may import a library. Imports for type checkers alone do not count here. An engine's file in backends/
 # is loaded only when its name is chosen, so its library may stand at the top.

@@ -155,4 +155,5 @@ def _first_change(decide: Callable[[np.float32], int], low: np.float32, high: np
 
 
 def _float_of(pattern: int) -> np.float32:
-    return np.float32(np.array(pattern, dtype=np.uint32).view(np.float32))
+    value: np.float32 = np.uint32(pattern).view(np.float32)
+    return value
