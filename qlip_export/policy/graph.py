@@ -27,7 +27,7 @@ def policy_graph(
     argmax over rounded probabilities could fall either way at a threshold.
 
     Inputs: ``pooled`` (N, C_clip) float32.
-    Outputs: ``quality`` (N,) float32; ``bits`` (N, G, K) int64, the choice for each timestep group; ``forced``
+    Outputs: ``quality`` (N,) float32; ``bits`` (N, G, K) int64, the choice for each group; ``forced``
     (G, K) int64, the choice where p_q is set to 1, as in the first sampling steps.
 
     Args:
