@@ -124,6 +124,7 @@ def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> Samp
         scheduler=name,
         scheduler_class=type(scheduler).__name__,
         init_scale=init_scale,
+        requested_steps=steps,
         steps=tuple(
             SamplerStep(
                 timestep=timesteps[i],

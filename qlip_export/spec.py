@@ -75,4 +75,5 @@ class SamplerTable(Frozen):
     scheduler: str = Field(description="name on the command line, e.g. 'dpmsolver++'")
     scheduler_class: str = Field(description="diffusers class that was probed")
     init_scale: float = Field(description="factor that turns unit-variance noise into x_0")
+    requested_steps: int = Field(ge=1, description="steps asked for; PNDM calls the denoiser once more")
     steps: tuple[SamplerStep, ...] = Field(min_length=1)

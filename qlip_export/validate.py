@@ -247,13 +247,12 @@ def _compare_images(
     from qlip_export.reference import psnr, reference_image, reference_pipeline
 
     manifest = bundle.manifest
-    guidance, steps = 4.0, len(manifest.sampler.steps)
-    requested = steps - 1 if manifest.sampler.scheduler == "pndm" and steps > 1 else steps
+    guidance, steps = 4.0, manifest.sampler.requested_steps
     progress.stage("image", 1 + len(manifest.bits))
     progress.item("diffusers")
     noise = seeded_noise(seed, manifest.shapes.latents[1:])[None]
     expected = reference_image(
-        reference_pipeline(bundle, checkpoint), prompt, noise, steps=requested, guidance=guidance
+        reference_pipeline(bundle, checkpoint), prompt, noise, steps=steps, guidance=guidance
     )
     rows = []
     for bits in manifest.bits:

@@ -24,6 +24,10 @@ _FROM_ORT: dict[str, DType] = {
 }
 
 
+_BREAKS_QDQ = ["MatMulAddFusion"]
+"""Puts a Reshape between DequantizeLinear and MatMul, after which ONNX Runtime 1.32 mixes INT8 with UINT8."""
+
+
 class OnnxRuntimeBackend(Backend):
     """The CPU execution provider. An engine file is the ONNX graph after ONNX Runtime's own optimization."""
 
@@ -44,6 +48,12 @@ class OnnxRuntimeBackend(Backend):
             containers=(Container.FLOAT,),
         )
 
+    def _session(self, path: Path, options: Any, container: Container) -> Any:
+        disabled = _BREAKS_QDQ if container is Container.INT8 else None
+        return ort.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
+
     def _options(self) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -60,7 +70,7 @@ class OnnxRuntimeBackend(Backend):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(engine)
         try:
-            session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+            session = self._session(onnx, options, container)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise QlipError(f"ONNX Runtime cannot compile {onnx.name}", found=str(error)) from error
         return [_entry(p) for p in session.get_inputs()], [_entry(p) for p in session.get_outputs()]
@@ -68,7 +78,7 @@ class OnnxRuntimeBackend(Backend):
     def load(self, path: Path, entry: EngineEntry) -> Engine:
         """See `Backend.load`."""
         try:
-            session = ort.InferenceSession(path, self._options(), providers=["CPUExecutionProvider"])
+            session = self._session(path, self._options(), entry.container)
         except Exception as error:  # as above
             raise QlipError(
                 f"ONNX Runtime {ort.__version__} does not load {path}",

@@ -55,7 +55,9 @@ def test_sampler_follows_diffusers(name: str, steps: int) -> None:
 
 
 def table(*steps: SamplerStep, init_scale: float = 1.0) -> SamplerTable:
-    return SamplerTable(scheduler="x", scheduler_class="X", init_scale=init_scale, steps=steps)
+    return SamplerTable(
+        scheduler="x", scheduler_class="X", init_scale=init_scale, requested_steps=1, steps=steps
+    )
 
 
 def step(sample: tuple[float, ...], output: tuple[float, ...], t: float = 0, scale: float = 1) -> SamplerStep:

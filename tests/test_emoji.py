@@ -1,0 +1,48 @@
+"""The embedded model: its FP32 engines draw what diffusers draws, for every scheduler that we offer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlip_export.build import BuildOptions, build
+from qlip_export.calibrate import read_prompts
+from qlip_export.progress import Silent
+from qlip_export.reference import psnr, reference_image, reference_pipeline
+from qlip_export.runtime import TextToImage
+from qlip_export.runtime.pipeline import seeded_noise
+from qlip_export.zoo import find_model
+
+PROMPTS = 20
+STEPS = 25
+LEAST_PSNR = 45.0
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emoji") / "bundle"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler", "pndm"])
+def test_fp32_images_agree_with_diffusers(bundle: Path, scheduler: str) -> None:
+    """Twenty prompts, 25 steps, the same latents: 45 dB or more for each of them."""
+    options = BuildOptions(model="emoji", bits=(32,), weight_bits=32, scheduler=scheduler, steps=STEPS)
+    build(options, bundle, Silent())
+    model, checkpoint = find_model("emoji")
+    assert model.calibration is not None
+    prompts = read_prompts(model.calibration / "prompts.txt")[:PROMPTS]
+    pipeline = TextToImage.load(bundle)
+    diffusers = reference_pipeline(pipeline.bundle, checkpoint)
+    found = []
+    for seed, prompt in enumerate(prompts):
+        noise = seeded_noise(seed, pipeline.bundle.manifest.shapes.latents[1:])[None]
+        expected = reference_image(diffusers, prompt, noise, steps=STEPS, guidance=4.0)
+        found.append(psnr(pipeline(prompt, latents=noise, guidance=4.0).images[0], expected))
+        assert np.asarray(expected).std() > 10, "a flat image agrees with anything"
+    print(f"{scheduler}: least {min(found):.1f} dB, median {sorted(found)[PROMPTS // 2]:.1f} dB")
+    assert len(found) == PROMPTS
+    assert min(found) >= LEAST_PSNR
