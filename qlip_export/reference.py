@@ -15,13 +15,21 @@ from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.graph.weights import WeightIndex
+from qlip_export.quant.fake import FakeQuantizer
+from qlip_export.quant.ranges import Ranges
 from qlip_export.sampler_probe import scheduler_from_config
 
 DENOISER_WEIGHTS = "onnx/denoiser.weights.bin"
 
 
-def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint) -> Any:
-    """Return the FP32 diffusers pipeline with the weights and the scheduler of ``bundle``.
+def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint, *, bits: int = 32) -> Any:
+    """Return the diffusers pipeline with the weights and the scheduler of ``bundle``, in FP32.
+
+    Args:
+        bundle: Its weights and, up to 8 bits, its activation grids.
+        checkpoint: The model it was built from.
+        bits: Activation bits. Up to 8, layer inputs are rounded to the grids of the engines; above, the
+            arithmetic stays FP32.
 
     Raises:
         QlipError: The checkpoint is not the one that the bundle was built from.
@@ -42,6 +50,10 @@ def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint) -> Any:
     parameters = dict(denoiser.named_parameters())
     for name, weight in quantized_weights(bundle).items():
         parameters[name].data.copy_(torch.from_numpy(weight))
+    if bits <= 8 and bundle.manifest.quantization.ranges is not None:
+        ranges = Ranges.load(bundle.file(bundle.manifest.quantization.ranges))
+        quantizer = FakeQuantizer(denoiser, {bits: ranges.thresholds(bits)})
+        quantizer.set_bits({name: bits for name in ranges.layers if family.quantizes(name)})
     return pipeline
 
 

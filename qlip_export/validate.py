@@ -248,21 +248,20 @@ def _compare_images(
 
     manifest = bundle.manifest
     guidance, steps = 4.0, manifest.sampler.requested_steps
-    progress.stage("image", 1 + len(manifest.bits))
-    progress.item("diffusers")
+    progress.stage("image", len(manifest.bits))
     noise = seeded_noise(seed, manifest.shapes.latents[1:])[None]
-    expected = reference_image(
-        reference_pipeline(bundle, checkpoint), prompt, noise, steps=steps, guidance=guidance
-    )
     rows = []
     for bits in manifest.bits:
         progress.item(f"{bits} bits")
+        reference = reference_pipeline(bundle, checkpoint, bits=bits)
+        expected = reference_image(reference, prompt, noise, steps=steps, guidance=guidance)
         found = psnr(pipeline(prompt, latents=noise, guidance=guidance, bits=bits).images[0], expected)
         least = FLOAT32_IMAGE_PSNR if bits == REFERENCE_BITS else None
+        rounding = f" and activations rounded to {bits} bits" if bits <= 8 else ""
         rows.append(
             ImageRow(
                 bits=bits,
-                reference=f"diffusers in FP32 with {manifest.quantization.weight_bits}-bit weights",
+                reference=f"diffusers in FP32 with {manifest.quantization.weight_bits}-bit weights{rounding}",
                 psnr=min(found, 100.0),
                 least=least,
                 passed=least is None or found >= least,

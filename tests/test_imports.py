@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"spec", "files", "bundle", "backends", "progress"},
     "sampler_probe": {"spec"},
     "capture": {"spec", "checkpoint", "families", "graph"},
-    "reference": {"spec", "bundle", "checkpoint", "calibrate", "capture", "graph", "sampler_probe"},
+    "reference": {"spec", "bundle", "checkpoint", "calibrate", "capture", "graph", "quant", "sampler_probe"},
     "diffusers_denoiser": {"spec", "bundle", "runtime"},
     "policy": {"spec", "families", "quant", "diffusers_denoiser"},
     "calibrate": {"*", "-build", "-cli", "-runtime", "-bench", "-validate"},

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qlip_export.errors import QlipError
 from qlip_export.graph.layers import find_layers
+from qlip_export.quant.ranges import activation_scale
 
 
 def insert_qdq(model: ir.Model, bits_of: Mapping[str, int], range_of: Mapping[str, float]) -> int:
@@ -53,19 +54,9 @@ def insert_qdq(model: ir.Model, bits_of: Mapping[str, int], range_of: Mapping[st
     return len(bits_of)
 
 
-def activation_scale(threshold: float, bits: int) -> float:
-    """Return the step of a symmetric ``bits``-bit grid that reaches ``threshold``, exact in FP16.
-
-    FP16 graphs store the scale in FP16; rounding it here keeps every container on one grid. Scales below
-    FP16's smallest normal number are lifted to it.
-    """
-    step = threshold / (2 ** (bits - 1) - 1)
-    return float(np.float16(min(max(step, 2.0**-14), 65504.0)))
-
-
 def _quantized(graph: ir.Graph, before: ir.Node, source: ir.Value, bits: int, scale: float) -> ir.Value:
-    prefix = f"{source.name}.q{bits}" if scale else str(source.name)
-    suffix = f"{prefix}.{np.float32(scale).view(np.int32):x}"
+    # Layers may read one tensor on several grids; the name says which.
+    suffix = f"{source.name}.q{bits}.{np.float32(scale).view(np.int32):x}"
 
     def constant(name: str, value: np.ndarray) -> ir.Value:
         tensor = ir.tensor(value, name=f"{suffix}.{name}")

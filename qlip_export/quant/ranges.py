@@ -97,6 +97,16 @@ class Ranges(Frozen):
         return {name: r.thresholds[bits] for name, r in self.layers.items()}
 
 
+def activation_scale(threshold: float, bits: int) -> float:
+    """Return the step of a symmetric ``bits``-bit grid that reaches ``threshold``, exact in FP16.
+
+    FP16 graphs store the scale in FP16; rounding it here keeps every container on one grid. Scales below
+    FP16's smallest normal number are lifted to it.
+    """
+    step = threshold / (2 ** (bits - 1) - 1)
+    return float(np.float16(min(max(step, 2.0**-14), 65504.0)))
+
+
 class MagnitudeHistogram:
     """A histogram of |x| whose width doubles when a larger value arrives."""
 
