@@ -1,0 +1,144 @@
+"""Render docs/benchmarks.md from the results under benchmarks/out/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bundles import OUT, SHAPES
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+NOTES = Path(__file__).resolve().parent / "notes.md"
+"""What the numbers mean, written by hand; the tables go between its lines that name them."""
+
+SHAPE_NAMES = {
+    "emoji": "emoji (128x128 images, latents 4x32x32)",
+    "bk-sdm-tiny": "shape of BK-SDM-Tiny (512x512 images, latents 4x64x64, 323 M parameters, random weights)",
+}
+
+
+def write() -> None:
+    """Write the page: `benchmarks/notes.md` with every line ``<!-- NAME -->`` replaced by tables."""
+    page = []
+    for line in NOTES.read_text(encoding="utf-8").splitlines():
+        name = line.removeprefix("<!-- ").removesuffix(" -->")
+        page.append(tables(name) if line == f"<!-- {name} -->" else line)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
+    print(PAGE)
+
+
+def tables(name: str) -> str:
+    """Return the tables of one benchmark, one for each shape that was measured."""
+    records = [json.loads(path.read_text()) for s in SHAPES if (path := OUT / f"{name}-{s}.json").is_file()]
+    if name == "machine":
+        records = [json.loads(path.read_text()) for path in sorted(OUT.glob("*-*.json"))]
+        return _machine([r for r in records if "machine" in r])
+    return "\n\n".join(_titled(r, RENDERERS[name](r["result"])) for r in records) or "not measured yet"
+
+
+def _titled(record: dict[str, Any], table: str) -> str:
+    shape = SHAPE_NAMES[record["shape"]]
+    if record["shape"] == "emoji" and not record["trained"]:
+        shape += ", random weights of the same architecture"
+    quick = ", a quick run" if record["quick"] else ""
+    when = f"{record['machine']['date']}, load before {record['machine']['load_before']:.1f}{quick}"
+    return f"**{shape}** · `{record['command']}` · {when}\n\n{table}"
+
+
+def _machine(records: list[dict[str, Any]]) -> str:
+    machines = {json.dumps({k: v for k, v in r["machine"].items() if k != "load_before"}) for r in records}
+    lines = []
+    for text in sorted(machines):
+        m = json.loads(text)
+        versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+        lines.append(
+            f"{m['cpu']} ({m['family_model']}; {', '.join(m['features'])}), {m['cores']} cores, "
+            f"{m['ram_gb']} GB RAM, {m['system']}; {versions}; {m['date']}."
+        )
+    return "\n\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _spread(seconds: dict[str, float]) -> str:
+    scale, unit = (1000, "ms") if seconds["median"] < 1 else (1, "s")
+    low, mid, high = (scale * seconds[k] for k in ("least", "median", "most"))
+    return f"{mid:.3g} {unit} ({low:.3g}–{high:.3g})"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def _chain(result: dict[str, Any]) -> str:
+    return _table(
+        ["activation bits", "chain, a step", "one engine, a step", "chain / one engine", "target", ""],
+        [
+            [
+                str(row["bits"]),
+                _spread(row["chain"]),
+                _spread(row["whole"]),
+                f"{row['ratio']:.3f}",
+                f"≤ {row['target']:.2f}",
+                _verdict(row["ratio"] <= row["target"]),
+            ]
+            for row in result["rows"]
+        ],
+    )
+
+
+def _images(result: dict[str, Any]) -> str:
+    measured, steps = result["measured_images"], result["steps_per_image"]
+    image = f"an image ({steps} steps)" if measured else f"{steps} steps, extrapolated"
+    rows = [
+        [
+            row["name"],
+            _spread(row["step"]),
+            f"{row['speedup']:.2f}x",
+            _spread(row["image"]) if measured else f"{steps * row['step']['median']:.3g} s",
+        ]
+        for row in result["rows"]
+    ]
+    return _table(["", "a step, batch 2", f"speed against {result['base']}", image], rows)
+
+
+def _startup(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            _spread(result[key]),
+            f"< {result[f'{key}_target']} s",
+            _verdict(result[key]["median"] < result[f"{key}_target"]),
+        ]
+        for name, key in (("`generate`, one image", "first_image"), ("`--help`", "help"))
+    ]
+    breakdown = _table(
+        ["one image, where the time goes", "seconds"],
+        [[name, f"{seconds:.2f}"] for name, seconds in result["breakdown"].items()],
+    )
+    return f"{_table(['whole process', 'wall time', 'target', ''], rows)}\n\n{breakdown}"
+
+
+def _build(result: dict[str, Any]) -> str:
+    seconds, seconds_target = result["wall_seconds"], result["seconds_target"]
+    peak, peak_target = result["peak_rss_bytes"] / 1e9, result["peak_rss_target"] / 1e9
+    fast, small = _verdict(seconds < seconds_target), _verdict(peak < peak_target)
+    sizes = result["bytes"]
+    return _table(
+        ["", "found", "target", ""],
+        [
+            ["wall time", f"{seconds:.0f} s", f"< {seconds_target} s", fast],
+            ["peak memory (RSS)", f"{peak:.1f} GB", f"< {peak_target:.0f} GB", small],
+            ["weights, packed", f"{sizes['weights'] / 1e6:.1f} MB", "", ""],
+            ["ONNX graphs", f"{sizes['onnx'] / 1e6:.1f} MB", "", ""],
+            ["engines", f"{sizes['engines'] / 1e6:.0f} MB", "", ""],
+        ],
+    )
+
+
+RENDERERS = {"chain": _chain, "images": _images, "startup": _startup, "build": _build}
