@@ -23,7 +23,7 @@ from qlip_export.bundle import (
     ShapesEntry,
     TokenizerEntry,
 )
-from qlip_export.capture import Shapes, capture_tokenizer, shapes_of
+from qlip_export.capture import Shapes, capture_tokenizer, denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint, read_json
 from qlip_export.compile import compile_engines
 from qlip_export.errors import QlipError
@@ -91,6 +91,8 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
     backend = get_backend(options.backend)
     sampler = _sampler(checkpoint, options)
     shapes = shapes_of(checkpoint, batch_size=options.batch_size)
+    for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
+        checkpoint.component(component).require_weights()
     ranges_path = _shipped_ranges(model, options)
     check_replaceable(out)
     with Workspace.open(

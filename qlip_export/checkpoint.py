@@ -63,10 +63,14 @@ class Component:
                 )
         return where
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Names of all parameters."""
-        return tuple(self._shard_of)
+    def require_weights(self) -> None:
+        """Open every shard, so that a broken download is found before any work is done.
+
+        Raises:
+            QlipError: No safetensors, a missing shard, or one that cannot be read.
+        """
+        if not self._shard_of:
+            raise QlipError(f"the weights in {self.folder} hold no parameter", fix="get the model again")
 
     def get(self, name: str) -> NDArray[Any]:
         """Return one parameter as float16 or float32 (bfloat16 is widened), in its stored shape.

@@ -127,7 +127,7 @@ class Live(Progress):
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
-        self._bars.console.print(text, highlight=False)
+        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _complete(self) -> None:
         if self._task is not None:
