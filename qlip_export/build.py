@@ -30,7 +30,7 @@ from qlip_export.errors import QlipError
 from qlip_export.export import Exporter, ExportOptions
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
-from qlip_export.quant.ranges import Ranges
+from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
 from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, WeightBits, container_of
 from qlip_export.workspace import Workspace, check_replaceable
@@ -93,7 +93,7 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
     shapes = shapes_of(checkpoint, batch_size=options.batch_size)
     for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
         checkpoint.component(component).require_weights()
-    ranges_path = _shipped_ranges(model, options)
+    shipped = _shipped_ranges(model, checkpoint, options)
     check_replaceable(out)
     with Workspace.open(
         out, lambda: progress.note(f"another build is writing {out}; waiting for it")
@@ -105,7 +105,7 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
             workspace,
             progress,
         )
-        ranges = _ranges(checkpoint, exporter, options, ranges_path, workspace, progress)
+        ranges = _ranges(checkpoint, exporter, options, shipped, workspace, progress)
         exported = exporter.run(ranges)
         exported = compile_engines(exported, options.bits, backend, workspace, progress)
         tokenizer = _tokenizer(checkpoint, workspace)
@@ -132,7 +132,19 @@ def _sampler(checkpoint: Checkpoint, options: BuildOptions) -> SamplerTable:
     )
 
 
-def _shipped_ranges(model: ZooModel, options: BuildOptions) -> Path | None:
+def _needs_ranges(options: BuildOptions) -> tuple[int, ...]:
+    return tuple(b for b in options.bits if container_of(b) is Container.INT8)
+
+
+def _shipped_ranges(model: ZooModel, checkpoint: Checkpoint, options: BuildOptions) -> Path | None:
+    """Return the ranges that the model brings or the user names, after making sure that they fit."""
+    for bits in _needs_ranges(options):
+        if bits not in RANGE_BITS:
+            raise QlipError(
+                f"no activation ranges for {bits} bits",
+                expected=", ".join(map(str, RANGE_BITS)),
+                found=str(bits),
+            )
     folder = options.calibration or model.calibration
     if folder is None:
         return None
@@ -146,6 +158,11 @@ def _shipped_ranges(model: ZooModel, options: BuildOptions) -> Path | None:
             found="no such file",
             fix=f"qlip-export calibrate --model {options.model} -o {folder}",
         )
+    fingerprint = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
+    ranges = Ranges.load(path)
+    ranges.check(fingerprint, set(), path)
+    for bits in _needs_ranges(options):
+        ranges.thresholds(bits)
     return path
 
 
@@ -157,19 +174,16 @@ def _ranges(
     workspace: Workspace,
     progress: Progress,
 ) -> Ranges | None:
-    if all(container_of(b) is not Container.INT8 for b in options.bits):
+    if not _needs_ranges(options):
         return None
-    fingerprint = checkpoint.component(exporter.family.denoiser_folder).fingerprint
     if shipped is not None:
-        ranges = Ranges.load(shipped)
-        ranges.check(fingerprint, set(), shipped)
 
         def copy(path: Path) -> JsonValue:
             path.write_bytes(shipped.read_bytes())
             return None
 
-        workspace.product(RANGES, sha256_of(shipped), copy)
-        return ranges
+        path, _ = workspace.product(RANGES, sha256_of(shipped), copy)
+        return Ranges.load(path)
 
     from qlip_export.calibrate import GENERIC_PROMPTS, measure_ranges
 
@@ -187,6 +201,7 @@ def _ranges(
         path.write_text(found.model_dump_json(indent=1), encoding="utf-8")
         return None
 
+    fingerprint = checkpoint.component(exporter.family.denoiser_folder).fingerprint
     key = content_key("ranges", fingerprint, prompts, steps, options.scheduler)
     path, _ = workspace.product(RANGES, key, measure)
     return Ranges.load(path)

@@ -137,8 +137,9 @@ def generate(
         raise QlipError(
             "a prompt is empty", expected="text", fix='e.g. qlip-export generate BUNDLE "a red apple"'
         )
-    files = _image_paths(out, len(prompt))
     pipeline = TextToImage.load(bundle, threads=threads)
+    pipeline.bundle.bits(bits)
+    files = _image_paths(out, len(prompt))
     with progress_for_terminal() if sys.stderr.isatty() else Silent() as progress:
         progress.stage("sample", len(pipeline.bundle.manifest.sampler.steps) * len(prompt))
         result = pipeline(

@@ -32,3 +32,7 @@ class QlipError(Exception):
     def as_dict(self) -> dict[str, str | None]:
         """Return the fields for machine-readable output."""
         return {"problem": self.problem, "expected": self.expected, "found": self.found, "fix": self.fix}
+
+
+class NotFiniteError(QlipError):
+    """A run produced NaN or infinity: some engine overflows."""

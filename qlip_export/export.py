@@ -207,7 +207,14 @@ class Exporter:
             if ranges is None:
                 raise QlipError(f"{bits}-bit activations need ranges", fix="give a calibration")
             table = ranges.thresholds(bits)
-            thresholds = {layer.name: table[layer.name] for layer in layers if layer.quantized}
+            wanted = {layer.name for layer in layers if layer.quantized}
+            if missing := wanted - set(table):
+                raise QlipError(
+                    f"the activation ranges lack {len(missing)} layers of {block.name}",
+                    found=f"no {min(missing)}",
+                    fix="run 'qlip-export calibrate' for this model",
+                )
+            thresholds = {name: table[name] for name in sorted(wanted)}
         stored = REFERENCE_BITS if container is Container.FLOAT else bits
         key = content_key("variant", weights.key, self._options.granularity, block.name, stored, thresholds)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, VariantEntry
-from qlip_export.errors import QlipError
+from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.pipeline import seeded_noise
@@ -139,6 +139,8 @@ def _record(
     pipeline.chain.step = recording  # type: ignore[method-assign]
     try:
         pipeline(prompt, seed=seed)
+    except NotFiniteError:
+        pass  # an engine overflows; the activations up to here are enough to find out which
     finally:
         pipeline.chain.step = original  # type: ignore[method-assign]
     return found
@@ -188,7 +190,9 @@ def _judge(
         engine.run()
         for port in entry.outputs:
             got = backend.read(buffers[port.name])
-            finite = finite and bool(np.isfinite(got).all())
+            if not np.isfinite(got).all():
+                error, cosine, finite = np.inf, 0.0, False
+                continue
             error = max(error, _relative(got, wanted[port.name]))
             distance = max(distance, _relative(got, float32[port.name]))
             cosine = min(cosine, _cosine(got, wanted[port.name]))
@@ -255,16 +259,20 @@ def _compare_images(
         progress.item(f"{bits} bits")
         reference = reference_pipeline(bundle, checkpoint, bits=bits)
         expected = reference_image(reference, prompt, noise, steps=steps, guidance=guidance)
-        found = psnr(pipeline(prompt, latents=noise, guidance=guidance, bits=bits).images[0], expected)
+        try:
+            image = pipeline(prompt, latents=noise, guidance=guidance, bits=bits).images[0]
+            found: float | None = psnr(image, expected)
+        except NotFiniteError:
+            found = None
         least = FLOAT32_IMAGE_PSNR if bits == REFERENCE_BITS else None
         rounding = f" and activations rounded to {bits} bits" if bits <= 8 else ""
         rows.append(
             ImageRow(
                 bits=bits,
                 reference=f"diffusers in FP32 with {manifest.quantization.weight_bits}-bit weights{rounding}",
-                psnr=min(found, 100.0),
+                psnr=None if found is None else min(found, 100.0),
                 least=least,
-                passed=least is None or found >= least,
+                passed=found is not None and (least is None or found >= least),
             )
         )
     return rows, []

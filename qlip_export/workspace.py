@@ -113,6 +113,10 @@ class Workspace:
                 self._previous_root.rename(self.out)
 
     def _read_journal(self) -> None:
+        if (self.root / MANIFEST).is_file():
+            # Killed while finishing: the manifest lists what the journal did.
+            with contextlib.suppress(QlipError):
+                self._known = dict(Bundle.open(self.root).manifest.files)
         journal = self.root / JOURNAL
         if journal.is_file():
             # A journal of another version or a torn one only means that products are made again.

@@ -48,10 +48,10 @@ class OnnxRuntimeBackend(Backend):
             containers=(Container.FLOAT,),
         )
 
-    def _session(self, path: Path, options: Any, container: Container) -> Any:
+    def _session(self, graph: Path | bytes, options: Any, container: Container) -> Any:
         disabled = _BREAKS_QDQ if container is Container.INT8 else None
         return ort.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
 
     def _options(self) -> Any:
@@ -65,12 +65,17 @@ class OnnxRuntimeBackend(Backend):
         self, onnx: Path, engine: Path, container: Container
     ) -> tuple[list[TensorEntry], list[TensorEntry]]:
         """See `Backend.compile`."""
+        import onnx_ir as ir
+
+        # ONNX Runtime would copy references to the shared weight file into the engine; it must stand alone.
+        model = ir.load(onnx)
+        ir.external_data.load_to_model(model)
         options = self._options()
         # The extended level is portable between CPUs; the level above bakes in this CPU's memory layout.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(engine)
         try:
-            session = self._session(onnx, options, container)
+            session = self._session(ir.to_proto(model).SerializeToString(), options, container)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise QlipError(f"ONNX Runtime cannot compile {onnx.name}", found=str(error)) from error
         return [_entry(p) for p in session.get_inputs()], [_entry(p) for p in session.get_outputs()]

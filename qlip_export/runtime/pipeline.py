@@ -16,7 +16,7 @@ from PIL import Image
 from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend, Buffer
 from qlip_export.bundle import Bundle, ComponentEntry
-from qlip_export.errors import QlipError
+from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.runtime.chain import BitPattern, Chain
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.tokenizer import PromptTokenizer
@@ -182,7 +182,7 @@ class TextToImage:
         decoding = time.perf_counter()
         pixels = self._vae_decoder(latents=sampler.latents)["image"]
         if not np.isfinite(pixels).all():
-            raise QlipError(
+            raise NotFiniteError(
                 "the image is not finite",
                 fix=f"run 'qlip-export validate {self.bundle.root}' to find the block that overflows",
             )

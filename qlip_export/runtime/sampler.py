@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip_export.errors import QlipError
+from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.spec import SamplerTable
 
 Latents = NDArray[np.float32]
@@ -80,7 +80,7 @@ class Sampler:
                 found=str(output.shape),
             )
         if not np.isfinite(output).all():
-            raise QlipError(
+            raise NotFiniteError(
                 f"the denoiser's output is not finite at step {self.index} (timestep {self.timestep:g})",
                 expected="finite numbers",
                 found=f"{np.count_nonzero(~np.isfinite(output))} NaN or infinite values of {output.size}",
