@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,32 @@ def build_tiny(model: Path, out: Path, **options: Any) -> Any:
 
     options = {"backend": "openvino", "steps": STEPS} | options
     return build(BuildOptions(model=str(model), **options), out, Silent())
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run the command line in this process, as its entry point does."""
+
+    def run(*arguments: object) -> Done:
+        from qlip_export.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["qlip-export", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            main()
+        out, err = capfd.readouterr()
+        return Done(int(exited.value.code or 0), out, err)
+
+    return run

@@ -21,7 +21,22 @@ BLOCKS = (
 )
 """The blocks of a coarse cut, in the order in which they run."""
 
-WORDS = "a an red blue green apple house cat dog boat sun tree of on the".split()
+WORDS = (
+    "a",
+    "an",
+    "red",
+    "blue",
+    "green",
+    "apple",
+    "house",
+    "cat",
+    "dog",
+    "boat",
+    "sun",
+    "tree",
+    "of",
+    "the",
+)
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
