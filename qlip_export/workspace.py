@@ -69,6 +69,9 @@ class Workspace:
                 the file's facts: JSON that is kept with it.
         """
         target = self.root / path
+        done = self.files.get(path)
+        if done is not None and done.key == key:
+            return target, done.facts  # asked for before in this build
         entry = self._reusable(path, key)
         if entry is not None:
             self.reused += 1
