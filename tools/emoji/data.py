@@ -20,7 +20,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy
-import resvg_py
 from PIL import Image
 
 from tools.emoji import tokenizer as bpe
@@ -62,6 +61,8 @@ def draw(svg: str, side: int = SHIPPED.image) -> numpy.ndarray:
 
     Rendering at twice the size and averaging keeps thin strokes that one sample a pixel would lose.
     """
+    import resvg_py  # Only the drawing needs it: training reads the finished archives.
+
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * side, height=2 * side))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

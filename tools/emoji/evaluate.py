@@ -186,13 +186,14 @@ def main() -> None:
     empty = torch.tensor(next(bpe.encode(tokenizer, [""])))
     report, images, texts = measure_real(networks, trained, held_out, arguments.batch)
     report["machine"] = machine(ranks)
+    say(ranks, json.dumps(report, indent=1))
+    if ranks.first:
+        save_grids(networks, trained, held_out, empty, arguments.steps, arguments.out)
     for guidance in arguments.guidance[ranks.rank :: ranks.world]:
         found = measure_generated(
             networks, trained, held_out, (images, texts), empty, guidance, arguments.steps, arguments.batch
         )
         (arguments.out / f"guidance-{guidance:g}.json").write_text(json.dumps(found), encoding="utf-8")
-    if ranks.first:
-        save_grids(networks, trained, held_out, empty, arguments.steps, arguments.out)
     ranks.leave()
     if ranks.first:
         names = [arguments.out / f"guidance-{guidance:g}.json" for guidance in arguments.guidance]

@@ -78,6 +78,8 @@ class Trainer:
         self.average = {name: p.detach().clone() for name, p in self.named.items()}
         self.step = 0
         self.seconds = 0.0
+        # The step at which the AdamW moments were empty: the warm-up counts from there.
+        self.fresh = 0
         self.resume()
 
     def resume(self) -> None:
@@ -123,7 +125,7 @@ class Trainer:
 
     def start_from(self, weights: dict[str, Tensor], step: int, seconds: float) -> None:
         """Start from averaged `weights` of another run, at their step, with fresh AdamW moments."""
-        self.step, self.seconds = step, seconds
+        self.step, self.seconds, self.fresh = step, seconds, step
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(weights[name])
@@ -173,7 +175,7 @@ def train(trainer: Trainer, draw: Draw, hand_on: HandOn) -> None:
     while progress < 1.0 and (plan.stop_after is None or trainer.step < plan.stop_after):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
             loss = wrapped(*draw(trainer.generator()))
-        trainer.update(loss, plan.rate(trainer.step, progress))
+        trainer.update(loss, plan.rate(trainer.step - trainer.fresh, progress))
         if first_second is None:
             # The first step compiles: that time is reported apart and not a part of the schedule.
             if ranks.device.type == "cuda":
