@@ -108,7 +108,6 @@ def bind_weights(
     Parameters that are stored only in FP16 are widened by a Cast where the graph wants FP32.
     """
     graph = model.graph
-    first = graph[0]
     made: dict[str, ir.Value] = {}
 
     def stored(name: str) -> ir.Value:
@@ -132,7 +131,7 @@ def bind_weights(
                 {"axis": index.layer_axis[name]},
                 name=f"{name}.dq",
             )
-            _insert(graph, first, node, target)
+            _insert(graph, node, target)
         elif half or name in index.tensors:
             value = stored(f"{name}.half" if half else name)
             if static_shape(value) != static_shape(target):
@@ -142,7 +141,7 @@ def bind_weights(
             node = ir.node(
                 "Cast", [stored(f"{name}.half")], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.float"
             )
-            _insert(graph, first, node, target)
+            _insert(graph, node, target)
         transpose = target.producer()
         if transpose is not None:
             graph.remove(transpose, safe=True)
@@ -158,10 +157,10 @@ def _weight_operand(parameter: ir.Value) -> ir.Value:
     return parameter
 
 
-def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node, target: ir.Value) -> None:
+def _insert(graph: ir.Graph, node: ir.Node, target: ir.Value) -> None:
     out = node.outputs[0]
     out.name, out.shape, out.type = str(node.name), target.shape, target.type
-    graph.insert_before(before, node)
+    graph.insert_before(graph[0], node)  # it reads initializers only
     target.replace_all_uses_with(out)
 
 

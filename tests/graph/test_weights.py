@@ -1,0 +1,156 @@
+"""One weight file: each weight once, packed, and read back through ONNX as what was put in."""
+
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx_ir as ir
+import pytest
+
+from qlip_export.bundle import Bundle
+from qlip_export.export import DENOISER_INPUTS
+from qlip_export.graph.layers import find_layers
+from qlip_export.graph.weights import ALIGNMENT, WeightIndex, bind_weights, write_weights
+from qlip_export.quant.weights import round_to_nearest
+from qlip_export.reference import DENOISER_WEIGHTS, quantized_weights
+from qlip_export.spec import WeightBits
+from tests.graph.conftest import Arrays, graph, relative, run
+
+X = np.random.default_rng(1).standard_normal((2, 7, 5), dtype=np.float32)
+WEIGHTS = {
+    "lin.weight": np.random.default_rng(2).standard_normal((9, 5), dtype=np.float32),
+    "lin.bias": np.random.default_rng(3).standard_normal(9, dtype=np.float32),
+}
+
+
+def linear() -> ir.Model:
+    return graph("""
+        g (float[2, 7, 5] x, float[9, 5] lin__weight, float[9] lin__bias) => (float[2, 7, 9] y) {
+            turned = Transpose <perm: ints = [1, 0]> (lin__weight)
+            product = MatMul (x, turned)
+            y = Add (product, lin__bias)
+        }
+    """)
+
+
+def store(folder: Path, model: ir.Model, weights: Arrays, bits: WeightBits) -> WeightIndex:
+    file = io.BytesIO()
+    layers, names = find_layers(model.graph), list(weights)
+    index = write_weights(file, layers, names, weights.__getitem__, bits, round_to_nearest, lambda _: None)
+    (folder / "w.bin").write_bytes(file.getvalue())
+    return WeightIndex.model_validate_json(index.model_dump_json())
+
+
+def bound(folder: Path, model: ir.Model, index: WeightIndex) -> Path:
+    bind_weights(model, ("x",), index, "w.bin", folder)
+    path = folder / "model.onnx"
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    onnx.checker.check_model(path, full_check=True)
+    return path
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_graph_multiplies_by_the_stored_weight(tmp_path: Path, bits: WeightBits) -> None:
+    path = bound(tmp_path, linear(), store(tmp_path, linear(), WEIGHTS, bits))
+    weight = WEIGHTS["lin.weight"]
+    if bits != 32:
+        weight = round_to_nearest("lin", weight, bits, 0).dequantize()
+    expected = X @ weight.T + WEIGHTS["lin.bias"]
+    assert relative(run(path, {"x": X})["y"], expected) < 1e-6
+    assert "Transpose" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_half_graph_reads_the_same_file(tmp_path: Path, bits: WeightBits) -> None:
+    from qlip_export.graph.cast import cast_to_half
+
+    index = store(tmp_path, linear(), WEIGHTS, bits)
+    exact = run(bound(tmp_path, linear(), index), {"x": X})["y"]
+    model = linear()
+    cast_to_half(model)
+    found = run(bound(tmp_path, model, index), {"x": X.astype(np.float16)})["y"]
+    assert found.dtype == np.float16
+    assert relative(found, exact) < 2e-3
+
+
+def test_onnx_reads_int4_as_it_was_packed(bundle: Path, parameters: Arrays) -> None:
+    """Through the files of a real bundle and ONNX's own reader."""
+    model = onnx.load(bundle / "onnx" / "up_blocks.1.a8.onnx")
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    index = WeightIndex.model_validate(Bundle.open(bundle).manifest.files[DENOISER_WEIGHTS].facts)
+    codes = [name for name in arrays if name.endswith(".codes")]
+    assert len(codes) > 20
+    for name in codes:
+        weight = name.removesuffix(".codes")
+        assert kinds[name] == onnx.TensorProto.INT4
+        expected = round_to_nearest(weight, parameters[weight], 4, 0)
+        found = arrays[name].astype(np.int8)
+        # Most linear layers are stored as the graph multiplies by them: transposed.
+        np.testing.assert_array_equal(found.T if index.layer_axis[weight] == 1 else found, expected.codes)
+        np.testing.assert_array_equal(arrays[f"{weight}.scale.half"].astype(np.float32), expected.scale)
+
+
+def test_stored_weights_are_those_the_reference_uses(bundle: Path, parameters: Arrays) -> None:
+    weights = quantized_weights(Bundle.open(bundle))
+    assert len(weights) == 151
+    for name, weight in weights.items():
+        expected = round_to_nearest(name, parameters[name], 4, 0).dequantize()
+        np.testing.assert_array_equal(weight, expected)
+        assert 0 < relative(weight, parameters[name]) < 0.2
+
+
+def test_every_weight_is_stored_once(bundle: Path, parameters: Arrays) -> None:
+    entry = Bundle.open(bundle).manifest.files[DENOISER_WEIGHTS]
+    index = WeightIndex.model_validate(entry.facts)
+    spans = sorted((t.offset, t.offset + t.length) for t in index.tensors.values())
+    assert all(start % ALIGNMENT == 0 for start, _ in spans)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    # What a packed weight costs: half a byte a code, and its scales in FP32 and FP16; the rest in both.
+    expected, padding = 0, 0
+    for name, array in parameters.items():
+        if name in index.layer_axis:
+            parts = [(array.size + 1) // 2, 4 * len(array), 2 * len(array)]
+        else:
+            parts = [4 * array.size, 2 * array.size]
+        expected += sum(parts)
+        padding += ALIGNMENT * len(parts)
+    assert sum(t.length for t in index.tensors.values()) == expected
+    assert expected <= entry.size < expected + padding
+    assert spans[-1][1] == entry.size
+
+
+def test_all_graphs_of_a_bundle_share_the_weight_file(bundle: Path) -> None:
+    for path in (bundle / "onnx").glob("*.a*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        places = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        assert places <= {"denoiser.weights.bin"}
+        # What is left inside are shapes and scales.
+        inside = sum(len(t.raw_data) for t in model.graph.initializer)
+        assert inside < 20_000, path.name
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_fp16_checkpoint_stays_fp16(tmp_path: Path, bits: WeightBits) -> None:
+    """Widening it would double the file and add nothing; where FP32 is wanted the graph casts."""
+    halves = {name: array.astype(np.float16) for name, array in WEIGHTS.items()}
+    index = store(tmp_path, linear(), halves, bits)
+    wide = [name for name, t in index.tensors.items() if t.dtype == "FLOAT"]
+    assert wide == (["lin.weight.scale"] if bits == 4 else [])
+    path = bound(tmp_path, linear(), index)
+    weight = halves["lin.weight"].astype(np.float32)
+    if bits == 4:
+        weight = round_to_nearest("lin", weight, 4, 0).dequantize()
+    expected = X @ weight.T + halves["lin.bias"].astype(np.float32)
+    assert relative(run(path, {"x": X})["y"], expected) < 1e-6
+
+
+def test_every_parameter_of_every_block_is_bound(bundle: Path) -> None:
+    for path in (bundle / "onnx").glob("*.onnx"):
+        names = {value.name for value in onnx.load(path, load_external_data=False).graph.input}
+        assert all(n in (*DENOISER_INPUTS, "input_ids") or "_out" in n for n in names), path.name
