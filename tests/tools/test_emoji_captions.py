@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from tools.emoji.captions import (  # noqa: E402
+from tools.emoji.captions import (
     LEVELS,
     MAX_CHARACTERS,
     STYLES,
@@ -18,7 +18,7 @@ from tools.emoji.captions import (  # noqa: E402
     merge_keywords,
     split,
 )
-from tools.emoji.sources import concepts_of, plain_hexcode, svg_document  # noqa: E402
+from tools.emoji.sources import concepts_of, plain_hexcode, svg_document
 
 NOTO = STYLES[0]
 TEAPOT = Concept("1fad6", "teapot", ("brew", "drink", "food", "hot", "kettle", "tea"), "food-drink")

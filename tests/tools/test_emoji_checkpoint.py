@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from tools.emoji import checkpoint  # noqa: E402
-from tools.emoji.loop import Plan, Trainer, train  # noqa: E402
-from tools.emoji.ranks import Ranks  # noqa: E402
+from tools.emoji import checkpoint
+from tools.emoji.loop import Plan, Trainer, train
+from tools.emoji.ranks import Ranks
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
 PLAN = Plan(stage="toy", learning_rate=1e-2, warmup_steps=2, steps=8, log_steps=100)

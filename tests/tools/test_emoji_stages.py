@@ -1,4 +1,4 @@
-"""What the training stages compute: matches, folded latents, timesteps, metrics, and the data set's archives."""
+"""What the stages compute: matches, folded latents, timesteps and metrics; the archives of the data set."""
 
 import math
 import random
@@ -6,14 +6,16 @@ import random
 import numpy
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
-from tools.emoji import augment, clip, data, metrics, unet, vae  # noqa: E402
-from tools.emoji.architecture import REHEARSAL, SHIPPED, build_unet, build_vae, count_layers  # noqa: E402
-from tools.emoji.captions import STYLES, Concept  # noqa: E402
-from tools.emoji.sources import Drawing  # noqa: E402
+import torch
+
+from tools.emoji import augment, clip, data, metrics, unet, vae
+from tools.emoji.architecture import REHEARSAL, SHIPPED, build_unet, build_vae, count_layers
+from tools.emoji.captions import STYLES, Concept
+from tools.emoji.sources import Drawing
 
 
 def seeded(seed=0):
@@ -113,7 +115,9 @@ def test_images_come_back_from_the_archives_as_they_were(tmp_path, monkeypatch):
 
 def test_an_svg_is_drawn_on_white():
     pytest.importorskip("resvg_py")
-    red = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="4" height="8" fill="#f00"/></svg>'
+    red = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><path fill="#f00" d="M0 0h4v8H0z"/></svg>'
+    )
     pixels = data.draw(red, side=8)
     assert pixels.shape == (8, 8, 3)
     assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[7, 7].tolist() == [255, 255, 255]

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from tools.emoji import tokenizer as bpe  # noqa: E402
+from tools.emoji import tokenizer as bpe
 
 TEXTS = ["volcano eruption mountain", "rocket launch space", "red apple", "a noto style emoji of octopus"] * 3
 VOCABULARY = 560
