@@ -57,6 +57,8 @@ class OnnxRuntimeBackend(Backend):
     def _options(self) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Otherwise Linear layers with INT4 weights quantize their activations as they run, unasked.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         return options
