@@ -123,6 +123,14 @@ def test_an_svg_is_drawn_on_white():
     assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[7, 7].tolist() == [255, 255, 255]
 
 
+def test_a_rebuilt_data_set_keeps_the_tokenizer_that_the_weights_know(tmp_path):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "tokenizer.json").write_text("numbered")
+    data.place_tokenizer(tmp_path / "data", shipped, [])
+    assert (tmp_path / "data/tokenizer.json").read_text() == "numbered"
+
+
 def test_calibration_prompts_are_distinct_and_of_every_level():
     concepts = [Concept(str(number), f"thing {number}", ("big", "odd"), "objects") for number in range(32)]
     prompts = data.calibration_prompts(concepts, 16, seed=1)

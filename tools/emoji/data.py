@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import shutil
 import time
 import zipfile
 from collections import Counter
@@ -30,6 +31,7 @@ from tools.emoji.sources import Drawing, load_concepts, load_drawings
 DEFAULT_FOLDER = Path("build/emoji-data")
 HELD_OUT_LIST = Path(__file__).parent / "held_out.json"
 PROMPTS = Path("calibration/emoji/prompts.txt")
+SHIPPED_TOKENIZER = Path("qlip_export/zoo/emoji/tokenizer")
 HELD_OUT = 60
 SEED = 20261122
 MARGIN = 0.04
@@ -167,22 +169,34 @@ def load(folder: Path) -> Dataset:
     return Dataset(concepts, records, numpy.stack(images))
 
 
-def build(folder: Path, cache: Path, processes: int, limit: int | None) -> None:
+def place_tokenizer(folder: Path, shipped: Path | None, trained: list[Concept]) -> None:
+    """Copy the `shipped` tokenizer to `folder`, or train a new one on captions of `trained` where it is None.
+
+    The token numbers are a part of the text tower. The trainer breaks ties between equally frequent pairs
+    differently in every run, so that a new tokenizer fits new towers only.
+    """
+    if shipped is None:
+        bpe.save(bpe.train(tokenizer_texts(trained, SEED), SHIPPED.vocabulary), folder)
+    else:
+        shutil.copytree(shipped, folder, dirs_exist_ok=True)
+
+
+def build(folder: Path, cache: Path, processes: int, limit: int | None, tokenizer: Path | None) -> None:
     """Build the whole data set in `folder`; `limit` keeps only the first images of each style."""
     started = time.monotonic()
     concepts = load_concepts(cache)
     trained, held_out = split(concepts, HELD_OUT, SEED)
     drawings = load_drawings(concepts, cache, MARGIN)
     if limit is not None:
-        seen: Counter[str] = Counter()
-        drawings = [d for d in drawings if (seen.update([d.style.key]) or seen[d.style.key]) <= limit]
+        by_style = [[d for d in drawings if d.style == style] for style in STYLES]
+        drawings = [d for of_style in by_style for d in of_style[:limit]]
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("images-*.zip"):
         stale.unlink()
     with Pool(processes) as pool:
         count = write_archives(pool.imap(draw_webp, [d.svg for d in drawings], chunksize=16), folder)
     write_index(folder, concepts, drawings, {concept.hexcode for concept in held_out})
-    bpe.save(bpe.train(tokenizer_texts(trained, SEED), SHIPPED.vocabulary), folder / "tokenizer")
+    place_tokenizer(folder / "tokenizer", tokenizer, trained)
     if limit is None:
         names = {concept.hexcode: concept.name for concept in held_out}
         bpe.write_json(HELD_OUT_LIST, {"seed": SEED, "concepts": names})
@@ -205,8 +219,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/npm"))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=int, help="images of each style, for a rehearsal")
+    parser.add_argument(
+        "--new-tokenizer", action="store_true", help="train a tokenizer; the shipped towers cannot read it"
+    )
     arguments = parser.parse_args()
-    build(arguments.out, arguments.cache, arguments.processes, arguments.limit)
+    tokenizer = None if arguments.new_tokenizer else SHIPPED_TOKENIZER
+    build(arguments.out, arguments.cache, arguments.processes, arguments.limit, tokenizer)
 
 
 if __name__ == "__main__":

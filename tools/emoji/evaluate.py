@@ -173,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ranks = join()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(arguments.data)
+    tokenizer = load_tokenizer(arguments.model)
     networks = exported_networks(arguments.model)
     for model in vars(networks).values():
         model.to(ranks.device).eval()

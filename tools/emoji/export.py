@@ -30,6 +30,7 @@ from tools.emoji.architecture import (
 from tools.emoji.tokenizer import write_json
 
 SHARD_SIZE = "9MB"
+SCHEDULER = "DPMSolverMultistepScheduler"
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.30.0",
@@ -37,7 +38,7 @@ MODEL_INDEX = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "scheduler": ["diffusers", SCHEDULER],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -84,7 +85,7 @@ def export(networks: Networks, tokenizer: Path, folder: Path) -> int:
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     # Written by hand: diffusers would add -Infinity, which strict JSON readers refuse.
     scheduler = {
-        "_class_name": MODEL_INDEX["scheduler"][1],
+        "_class_name": SCHEDULER,
         "_diffusers_version": "0.30.0",
         **scheduler_config(),
     }

@@ -165,7 +165,7 @@ def train(trainer: Trainer, draw: Draw, hand_on: HandOn) -> None:
     checkpoint.
     """
     plan, objective, ranks = trainer.plan, trainer.objective, trainer.ranks
-    wrapped: nn.Module = torch.compile(objective) if plan.compiled else objective  # type: ignore[assignment]
+    wrapped: nn.Module = torch.compile(objective) if plan.compiled else objective
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)

@@ -53,7 +53,7 @@ class Pool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of the data set in `folder`."""
+    """Load the tokenizer of the data set or of the model in `folder`."""
     return Tokenizer.from_file(str(folder / "tokenizer/tokenizer.json"))
 
 

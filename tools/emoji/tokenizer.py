@@ -94,7 +94,7 @@ def dressed(model: BPE, ends: tuple[int, int] | None) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
     """Encode `texts` as Stable Diffusion does: 77 ids each, truncated, padded with the end token."""
-    end = tokenizer.token_to_id(END)
+    end = tokenizer.get_vocab()[END]
     for encoding in tokenizer.encode_batch(list(texts)):
         ids = encoding.ids[:MAX_TOKENS]
         if len(encoding.ids) > MAX_TOKENS:
