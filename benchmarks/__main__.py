@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from benchmarks.bundles import OUT, SHAPES, subject
+from benchmarks.bundles import OUT, SHAPES, Subject, subject
 from benchmarks.machine import machine
 from benchmarks.timing import THREADS
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="only this model; both")
     parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works")
     parser.add_argument("--emoji-model", type=Path, help="folder to use instead of the embedded emoji model")
+    parser.add_argument("--reuse", action="store_true", help="take bundles that are there as they are")
     chosen = parser.parse_args()
     names = chosen.names or [*BENCHMARKS]
     if unknown := set(names) - {*BENCHMARKS, "tables"}:
@@ -45,12 +46,13 @@ def main() -> None:
             continue
         for shape in BENCHMARKS[name]:
             if chosen.shape in (None, shape):
-                _measure(name, shape, chosen.emoji_model, quick=chosen.quick)
+                model = str(chosen.emoji_model) if chosen.emoji_model else None
+                _measure(name, subject(shape, model, reuse=chosen.reuse), quick=chosen.quick)
 
 
-def _measure(name: str, shape: str, emoji_model: Path | None, *, quick: bool) -> None:
+def _measure(name: str, of: Subject, *, quick: bool) -> None:
+    shape = of.shape
     print(f"{name} {shape}", file=sys.stderr, flush=True)
-    of = subject(shape, str(emoji_model) if emoji_model else None)
     where = machine()
     result = importlib.import_module(f"benchmarks.{name}").run(of, quick=quick)
     record = {

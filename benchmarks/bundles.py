@@ -30,11 +30,13 @@ class Subject:
         shape: A name of ``SHAPES``.
         model: Its folder in the diffusers layout, or a name of the zoo.
         trained: Whether its weights mean anything; random ones are as fast.
+        reuse: Take bundles that are there as they are, without asking whether they are current.
     """
 
     shape: str
     model: str
     trained: bool
+    reuse: bool = False
 
     @property
     def folder(self) -> Path:
@@ -48,19 +50,22 @@ class Subject:
         return OUT / "bundles" / f"{self.shape}-{granularity}"
 
 
-def subject(shape: str, model: str | None = None) -> Subject:
+def subject(shape: str, model: str | None = None, *, reuse: bool = False) -> Subject:
     """Return the model of ``shape``; ``model`` replaces the embedded one for `emoji`."""
     if shape == "bk-sdm-tiny":
-        return Subject(shape, str(OUT / "models" / shape), trained=False)
-    return Subject("emoji", model or "emoji", trained=model is None)
+        return Subject(shape, str(OUT / "models" / shape), trained=False, reuse=reuse)
+    return Subject("emoji", model or "emoji", trained=model is None, reuse=reuse)
 
 
 def prepare(of: Subject, granularities: tuple[str, ...] = ("coarse", "whole")) -> None:
     """Make what is missing of the model and its bundles; each build is a process of its own, measured."""
+    if of.reuse and all((of.bundle(g) / "manifest.json").is_file() for g in granularities):
+        return
     if of.shape == "bk-sdm-tiny":
         write_bk_sdm_tiny(Path(of.model))
-        if not (_calibration(of) / "ranges.json").is_file():
-            _run([sys.executable, "-m", "benchmarks.bundles", of.shape, "--calibrate"])
+    if not _has_ranges(of):
+        command = [sys.executable, "-m", "benchmarks.bundles", of.shape, "--calibrate"]
+        _run([*command, "--model", of.model])
     for granularity in granularities:
         build_bundle(of, granularity, of.bundle(granularity))
 
@@ -70,7 +75,7 @@ def build_bundle(of: Subject, granularity: str, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "qlip_export", "build", "--model", of.model]
     command += ["--blocks", granularity, "-o", str(out), "--json"]
     command += ["--bits", ",".join(map(str, BITS)), "--backend", "openvino"]
-    if of.shape == "bk-sdm-tiny":
+    if (_calibration(of) / "ranges.json").is_file():
         command += ["--calibration", str(_calibration(of))]
     started = time.monotonic()
     output, peak = _run(command)
@@ -82,12 +87,25 @@ def _calibration(of: Subject) -> Path:
     return OUT / "models" / f"{of.shape}-calibration"
 
 
+def _has_ranges(of: Subject) -> bool:
+    """Say whether the model brings ranges, or a short run has measured some for this very model."""
+    from qlip_export.zoo import find_model
+
+    model, checkpoint = find_model(of.model)
+    if model.calibration is not None and (model.calibration / "ranges.json").is_file():
+        (_calibration(of) / "ranges.json").unlink(missing_ok=True)
+        return True
+    ranges = _calibration(of) / "ranges.json"
+    fingerprint = checkpoint.component("unet").fingerprint
+    return ranges.is_file() and json.loads(ranges.read_text())["fingerprint"] == fingerprint
+
+
 def _calibrate(of: Subject) -> None:
-    """Measure ranges on one short run: with random weights they only have to be there."""
+    """Measure ranges on one short run: for speed they only have to be there."""
     from qlip_export.calibrate import measure_ranges
     from qlip_export.checkpoint import Checkpoint
 
-    ranges = measure_ranges(Checkpoint(Path(of.model)), ["a cat"], steps=2)
+    ranges = measure_ranges(Checkpoint(of.folder), ["a cat"], steps=2)
     folder = _calibration(of)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ranges.json").write_text(ranges.model_dump_json(indent=1), encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.bundles import BITS, Subject, prepare
 from benchmarks.peers import Array, Denoiser
-from benchmarks.timing import THREADS, interleave, ratio, summary
+from benchmarks.timing import THREADS, Times, interleave, ratio, summary
 from qlip_export.runtime import TextToImage
 
 STEPS = 25
@@ -33,7 +33,7 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
         steps[name] = _bound(peer, latents, timestep, text)
     rounds = QUICK_ROUNDS if quick else ROUNDS[of.shape]
     step_seconds = interleave(steps, rounds=rounds, settle=of.shape == "emoji")
-    image_seconds: dict[str, list[float]] = {}
+    image_seconds: dict[str, Times] = {}
     if of.shape == "emoji":
         image_seconds = interleave(
             _images(of, ours, others), rounds=QUICK_ROUNDS if quick else 7, least_seconds=0, settle=False
@@ -46,9 +46,10 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
         "rows": [
             {
                 "name": name,
-                "step": summary(seconds),
-                "speedup": round(1 / ratio(step_seconds, name, BASE), 3),
-                **({"image": summary(image_seconds[name])} if image_seconds else {}),
+                "step": summary(seconds.wall),
+                "speedup": round(1 / ratio(seconds.wall, step_seconds[BASE].wall), 3),
+                "cpu_speedup": round(1 / ratio(seconds.cpu, step_seconds[BASE].cpu), 3),
+                **({"image": summary(image_seconds[name].wall)} if image_seconds else {}),
             }
             for name, seconds in step_seconds.items()
         ],

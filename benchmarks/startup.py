@@ -40,9 +40,9 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     # The breakdown of the run whose total is the median, so that its parts add up.
     middle = sorted(parts, key=lambda p: p["total"])[len(parts) // 2]
     return {
-        "first_image": summary(seconds["first image"]),
+        "first_image": summary(seconds["first image"].wall),
         "first_image_target": IMAGE_TARGET,
-        "help": summary(seconds["help"]),
+        "help": summary(seconds["help"].wall),
         "help_target": HELP_TARGET,
         "breakdown": middle,
     }

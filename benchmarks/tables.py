@@ -77,7 +77,15 @@ def _verdict(met: bool) -> str:
 
 def _chain(result: dict[str, Any]) -> str:
     return _table(
-        ["activation bits", "chain, a step", "one engine, a step", "chain / one engine", "target", ""],
+        [
+            "activation bits",
+            "chain, a step",
+            "one engine, a step",
+            "chain / one engine",
+            "target",
+            "",
+            "in CPU time",
+        ],
         [
             [
                 str(row["bits"]),
@@ -86,6 +94,7 @@ def _chain(result: dict[str, Any]) -> str:
                 f"{row['ratio']:.3f}",
                 f"≤ {row['target']:.2f}",
                 _verdict(row["ratio"] <= row["target"]),
+                f"{row['cpu_ratio']:.3f}",
             ]
             for row in result["rows"]
         ],

@@ -1,4 +1,7 @@
-"""Interleaved repeats and medians: noise from outside hits all sides alike."""
+"""Interleaved repeats and medians: noise from outside hits all sides alike.
+
+Wall seconds are what counts; the processor seconds of this process beside them hardly feel other processes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 THREADS = 2
@@ -14,9 +18,17 @@ THREADS = 2
 Call = Callable[[], Any]
 
 
+@dataclass
+class Times:
+    """Seconds of one call, one entry for each visit: on the wall, and of all processors together."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
 def interleave(
     sides: Mapping[str, Call], *, rounds: int, least_seconds: float = 0.2, settle: bool = True
-) -> dict[str, list[float]]:
+) -> dict[str, Times]:
     """Time every side ``rounds`` times, one after the other in each round; return seconds of one call.
 
     Args:
@@ -35,16 +47,17 @@ def interleave(
         took = time.perf_counter() - started
         repeats[name] = max(1, round(least_seconds / took))
         print(f"  {name}: {took:.4g} s, {repeats[name]} calls a visit", file=sys.stderr, flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds = {name: Times() for name in sides}
     for index in range(rounds):
         # Every other round goes backwards, so that no side always follows the same one.
         for name in list(sides) if index % 2 == 0 else list(reversed(sides)):
             if settle:
                 sides[name]()
-            started = time.perf_counter()
+            cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(repeats[name]):
                 sides[name]()
-            seconds[name].append((time.perf_counter() - started) / repeats[name])
+            seconds[name].wall.append((time.perf_counter() - wall) / repeats[name])
+            seconds[name].cpu.append((time.process_time() - cpu) / repeats[name])
     return seconds
 
 
@@ -58,7 +71,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def ratio(seconds: Mapping[str, list[float]], side: str, base: str) -> float:
-    """Return the median over rounds of ``side`` / ``base``: each pair was timed within the same moments."""
-    pairs = zip(seconds[side], seconds[base], strict=True)
-    return round(statistics.median(a / b for a, b in pairs), 4)
+def ratio(side: list[float], base: list[float]) -> float:
+    """Return the median over visits of ``side`` / ``base``: each pair was timed within the same moments."""
+    return round(statistics.median(a / b for a, b in zip(side, base, strict=True)), 4)
