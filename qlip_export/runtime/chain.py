@@ -8,6 +8,7 @@ to them once, when they are loaded; a step then only starts engines. Where neigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,19 @@ class Chain:
         Raises:
             QlipError: The bundle has no such variant, or an engine file is damaged.
         """
+        missing: dict[tuple[str, int], EngineEntry] = {}
+        patterns = list(patterns)
         for pattern in patterns:
             for block, bits in zip(self.blocks, pattern, strict=True):
                 if (block.name, bits) not in self._engines:
-                    self._engines[block.name, bits] = self._load(block.name, self._engine_entry(block, bits))
+                    missing[block.name, bits] = self._engine_entry(block, bits)
+        # Hashing and loading are single-threaded and leave the interpreter free: two at a time.
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            loaded = pool.map(self._load, missing.values())
+            for (key, entry), engine in zip(missing.items(), loaded, strict=True):
+                self._bind(engine, entry)
+                self._engines[key] = engine
+        for pattern in patterns:
             if pattern not in self._plans:
                 self._plans[pattern] = self._plan(pattern)
 
@@ -100,8 +110,10 @@ class Chain:
         entry: EngineEntry = variant.engine
         return entry
 
-    def _load(self, name: str, entry: EngineEntry) -> Engine:
-        engine = self._backend.load(self._bundle.file(entry.path), entry)
+    def _load(self, entry: EngineEntry) -> Engine:
+        return self._backend.load(self._bundle.file(entry.path), entry)
+
+    def _bind(self, engine: Engine, entry: EngineEntry) -> None:
         for port in (*entry.inputs, *entry.outputs):
             key = (port.name, port.dtype)
             if key not in self._buffers:
@@ -109,7 +121,6 @@ class Chain:
                 if port.name in self._held:
                     self._backend.write(self._buffers[key], self._held[port.name])
             engine.bind(port.name, self._buffers[key])
-        return engine
 
     def _plan(self, pattern: BitPattern) -> list[Callable[[], None]]:
         plan: list[Callable[[], None]] = []
