@@ -15,8 +15,8 @@ from benchmarks.timing import THREADS, Times, interleave, ratio, summary
 from qlip_export.runtime import TextToImage
 
 STEPS = 25
-ROUNDS = {"emoji": 15, "bk-sdm-tiny": 7}
-QUICK_ROUNDS = 3
+ROUNDS = {"emoji": 15, "bk-sdm-tiny": 5}
+QUICK_ROUNDS = 2
 BASE = "diffusers eager FP32"
 PROMPT = "a red apple"
 GUIDANCE = 4.0

@@ -109,11 +109,12 @@ def _images(result: dict[str, Any]) -> str:
             row["name"],
             _spread(row["step"]),
             f"{row['speedup']:.2f}x",
+            f"{row['cpu_speedup']:.2f}x",
             _spread(row["image"]) if measured else f"{steps * row['step']['median']:.3g} s",
         ]
         for row in result["rows"]
     ]
-    return _table(["", "a step, batch 2", f"speed against {result['base']}", image], rows)
+    return _table(["", "a step, batch 2", f"speed against {result['base']}", "in CPU time", image], rows)
 
 
 def _startup(result: dict[str, Any]) -> str:

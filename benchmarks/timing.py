@@ -15,6 +15,9 @@ from typing import Any
 THREADS = 2
 """For everybody: OpenVINO's inference threads, torch's and ONNX Runtime's intra-op threads."""
 
+LONG = 2.0
+"""Seconds from which on one call is a visit."""
+
 Call = Callable[[], Any]
 
 
@@ -41,10 +44,9 @@ def interleave(
     """
     repeats: dict[str, int] = {}
     for name, call in sides.items():
-        call()
-        started = time.perf_counter()
-        call()
-        took = time.perf_counter() - started
+        took = _seconds(call)
+        if took < LONG:
+            took = _seconds(call)  # the first call may have compiled or loaded something
         repeats[name] = max(1, round(least_seconds / took))
         print(f"  {name}: {took:.4g} s, {repeats[name]} calls a visit", file=sys.stderr, flush=True)
     seconds = {name: Times() for name in sides}
@@ -59,6 +61,12 @@ def interleave(
             seconds[name].wall.append((time.perf_counter() - wall) / repeats[name])
             seconds[name].cpu.append((time.process_time() - cpu) / repeats[name])
     return seconds
+
+
+def _seconds(call: Call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
