@@ -7,7 +7,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZ
 CODE := $(wildcard qlip_export tests tools benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint format bench emoji-data build clean
+.PHONY: help install quickstart test test-slow test-gpu lint format bench emoji-data emoji-train build clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ bench: install ## measure engines on this machine
 
 emoji-data: install ## render the training images of the emoji model
 	$(BIN)/python -m tools.emoji.data
+
+emoji-train: install ## train the emoji model again, on one or more NVIDIA GPUs
+	PYTHON=$(BIN)/python tools/emoji/train_all.sh
 
 build: install ## sdist and wheel in dist/
 	$(BIN)/python -m build

@@ -123,6 +123,9 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    # A text encoder's file may hold its projection too; that it goes unused here is no news.
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     with warnings.catch_warnings():
         # Newer versions call it `dtype`, which older ones would silently ignore.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
@@ -133,6 +136,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
             safety_checker=None,
             requires_safety_checker=False,
         )
+    transformers.utils.logging.set_verbosity(verbosity)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
