@@ -21,22 +21,23 @@ BLOCKS = (
 )
 """The blocks of a coarse cut, in the order in which they run."""
 
-WORDS = (
+WORDS = [
     "a",
     "an",
+    "the",
+    "of",
+    "on",
     "red",
     "blue",
     "green",
     "apple",
-    "house",
+    "boat",
     "cat",
     "dog",
-    "boat",
+    "house",
     "sun",
     "tree",
-    "of",
-    "the",
-)
+]
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
