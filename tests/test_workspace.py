@@ -194,6 +194,14 @@ def test_killed_between_the_two_renames(tmp_path: Path, manifest: Manifest) -> N
     assert beside(out) == []
 
 
+def test_old_bundle_is_back_even_if_the_next_build_fails(tmp_path: Path, manifest: Manifest) -> None:
+    out = tmp_path / "out"
+    finished_but_not_swapped(out, manifest)
+    out.rename(tmp_path / "out.previous")
+    toy_build(out, manifest, KEYS, die="a")
+    assert whole(out) == KEYS
+
+
 def test_killed_after_the_swap(tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "out"
     toy_build(out, manifest, KEYS)
