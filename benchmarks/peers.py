@@ -43,7 +43,7 @@ def openvino_whole(of: Subject, inputs: tuple[Array, float, Array], precision: s
     """Return OpenVINO's own conversion of the unquantized UNet, run at ``precision`` ('f32' or 'bf16')."""
     import openvino as ov
 
-    path = OUT / "peers" / of.shape / "unet.xml"
+    path = _folder(of) / "unet.xml"
     if not path.is_file():
         latents, timestep, text = _tensors(inputs)
         model = ov.convert_model(_positional(load_unet(of)), example_input=(latents, timestep, text))
@@ -69,7 +69,7 @@ def onnxruntime_whole(of: Subject, inputs: tuple[Array, float, Array]) -> Denois
     """Return ONNX Runtime on torch's own ONNX export of the unquantized UNet, FP32."""
     import onnxruntime as ort
 
-    path = OUT / "peers" / of.shape / "unet.onnx"
+    path = _folder(of) / "unet.onnx"
     if not path.is_file():
         import torch
 
@@ -92,6 +92,14 @@ def onnxruntime_whole(of: Subject, inputs: tuple[Array, float, Array]) -> Denois
         return result
 
     return call
+
+
+def _folder(of: Subject) -> Path:
+    """Return where conversions of these very weights are kept."""
+    from qlip_export.checkpoint import Checkpoint
+
+    fingerprint = Checkpoint(of.folder).component("unet").fingerprint
+    return OUT / "peers" / f"{of.shape}-{fingerprint[:12]}"
 
 
 def load_unet(of: Subject) -> Any:
