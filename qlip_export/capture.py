@@ -107,14 +107,14 @@ class _TextEncoder(torch.nn.Module):
 
 
 class _VaeDecoder(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module, scaling_factor: float, shift_factor: float) -> None:
+    def __init__(self, module: torch.nn.Module, scaling_factor: float) -> None:
         super().__init__()
         self.module = module
         self.scaling_factor = scaling_factor
-        self.shift_factor = shift_factor
 
     def forward(self, latents: Any) -> Any:
-        return self.module.decode(latents / self.scaling_factor + self.shift_factor, return_dict=False)[0]
+        # StableDiffusionPipeline ignores shift_factor; what it ignores, parity must ignore as well.
+        return self.module.decode(latents / self.scaling_factor, return_dict=False)[0]
 
 
 def capture_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
@@ -174,8 +174,8 @@ def capture_vae_decoder(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
 
     def make() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
         vae = diffusers.AutoencoderKL.from_config(config)
-        # StableDiffusionPipeline ignores shift_factor; what it ignores, parity must ignore as well.
-        return _VaeDecoder(vae, float(config["scaling_factor"]), 0.0), (torch.zeros(shapes.latents),)
+        # Not from the file: older configs leave it to the class's default.
+        return _VaeDecoder(vae, float(vae.config.scaling_factor)), (torch.zeros(shapes.latents),)
 
     return _export(make, ("latents",), ("image",))
 

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 
+_OLD_ATTENTION_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+"""How autoencoders of Stable Diffusion's first versions call the parts of attention."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -80,17 +83,9 @@ class Component:
         """
         from safetensors import safe_open
 
-        if name not in self._shard_of:
-            # transformers drops the prefix of a model's only child ("text_model.") in newer versions.
-            longer = [stored for stored in self._shard_of if stored.endswith(f".{name}")]
-            if len(longer) == 1:
-                return self.get(longer[0])
-            raise QlipError(
-                f"the weights in {self.folder} have no parameter {name!r}",
-                fix="check that config.json and the weights belong together",
-            )
-        with safe_open(self._shard_of[name], framework="numpy") as file:
-            array = np.asarray(file.get_tensor(name))
+        stored = self._stored_name(name)
+        with safe_open(self._shard_of[stored], framework="numpy") as file:
+            array = np.asarray(file.get_tensor(stored))
         if array.dtype not in (np.float16, np.float32):
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
@@ -99,6 +94,23 @@ class Component:
                 fix="the checkpoint is broken; get it again",
             )
         return array
+
+    def _stored_name(self, name: str) -> str:
+        """Return what the file calls a parameter; old checkpoints keep the names of their day."""
+        old = name
+        for new_part, old_part in _OLD_ATTENTION_NAMES.items():
+            old = old.replace(f".{new_part}.", f".{old_part}.")
+        for candidate in (name, old):
+            if candidate in self._shard_of:
+                return candidate
+        # transformers drops the prefix of a model's only child ("text_model.") in newer versions.
+        longer = [stored for stored in self._shard_of if stored.endswith(f".{name}")]
+        if len(longer) != 1:
+            raise QlipError(
+                f"the weights in {self.folder} have no parameter {name!r}",
+                fix="check that config.json and the weights belong together",
+            )
+        return longer[0]
 
     @cached_property
     def fingerprint(self) -> str:
