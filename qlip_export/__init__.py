@@ -1,3 +1,3 @@
-"""Compile text-to-image diffusion models into engines whose precision follows the prompt."""
+"""Compile text-to-image diffusion models into block engines at several activation precisions."""
 
 __version__ = "0.1.0"

@@ -34,7 +34,7 @@ from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
 from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, WeightBits, container_of
 from qlip_export.workspace import Workspace, check_replaceable
-from qlip_export.zoo import ZooModel, find_model
+from qlip_export.zoo import EMBEDDED, ZooModel, find_model
 
 RANGES = "calibration/ranges.json"
 
@@ -202,7 +202,11 @@ def _ranges(
         return None
 
     fingerprint = checkpoint.component(exporter.family.denoiser_folder).fingerprint
-    key = content_key("ranges", fingerprint, prompts, steps, options.scheduler)
+    text_encoder = checkpoint.component("text_encoder").fingerprint
+    scheduler = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+    package = Path(__file__).parent
+    code = [sha256_of(package / "calibrate.py"), sha256_of(package / "quant" / "ranges.py")]
+    key = content_key("ranges", code, fingerprint, text_encoder, scheduler, prompts, steps, options.scheduler)
     path, _ = workspace.product(RANGES, key, measure)
     return Ranges.load(path)
 
@@ -239,7 +243,7 @@ def _manifest(
             name=model.name,
             family=exporter.family.name,
             fingerprint=checkpoint.component(exporter.family.denoiser_folder).fingerprint,
-            source=options.model,
+            source=options.model if options.model in EMBEDDED else str(Path(options.model).resolve()),
         ),
         bits=options.bits,
         granularity=options.granularity,

@@ -177,6 +177,11 @@ class Manifest(Frozen):
         return totals
 
 
+def building_folder(out: Path) -> Path:
+    """Return where a build of the bundle ``out`` works: hidden, and named so that no one else uses it."""
+    return out.with_name(f".{out.name}.qlip-building")
+
+
 class Bundle:
     """A bundle opened for reading; files are checked against their hashes when they are asked for."""
 
@@ -192,11 +197,10 @@ class Bundle:
         Raises:
             QlipError: No bundle there, another schema version, unknown keys, a path that leaves the bundle.
         """
-        folder = Path(root)
+        folder = Path(root).absolute()
         path = folder / MANIFEST
         if not path.is_file():
-            building = folder.with_name(folder.name + ".building")
-            hint = "; its build was interrupted" if building.is_dir() else ""
+            hint = "; its build was interrupted" if building_folder(folder).is_dir() else ""
             raise QlipError(
                 f"{folder} is no bundle{hint}",
                 expected=f"a folder with {MANIFEST}",

@@ -2,7 +2,7 @@
 
 Modules are built from their configs on fake tensors, exported through the dynamo exporter, and come out with
 every parameter as a graph *input*: a valid ONNX file of a few hundred kilobytes. Weights are bound later, one
-at a time, straight from the safetensors shards (`qlip_export.graph.bind`).
+at a time, straight from the safetensors shards (`qlip_export.graph.weights.bind_weights`).
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def shapes_of(checkpoint: Checkpoint, *, batch_size: int) -> Shapes:
     denoiser = checkpoint.component("unet").config
     vae = checkpoint.component("vae").config
     text = checkpoint.component("text_encoder").config
+    _require_plain(checkpoint, denoiser, int(vae.get("latent_channels", 4)))
     size = int(denoiser["sample_size"])
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     return Shapes(
@@ -84,6 +85,35 @@ def shapes_of(checkpoint: Checkpoint, *, batch_size: int) -> Shapes:
         text_length=int(text["max_position_embeddings"]),
         text_width=int(denoiser["cross_attention_dim"]),
     )
+
+
+def _require_plain(checkpoint: Checkpoint, denoiser: dict[str, Any], latent_channels: int) -> None:
+    """Refuse UNets that take more than latents, timestep and text states.
+
+    Raises:
+        QlipError: Naming the setting.
+    """
+    wanted: dict[str, tuple[Any, str]] = {
+        "in_channels": (latent_channels, f"{latent_channels}, the VAE's latent channels (no inpainting)"),
+        "addition_embed_type": (None, "none (SDXL's size and pooled-text conditioning is not supported yet)"),
+        "class_embed_type": (None, "none"),
+        "encoder_hid_dim_type": (None, "none"),
+    }
+    for key, (value, expected) in wanted.items():
+        if denoiser.get(key) != value:
+            raise QlipError(
+                f"{checkpoint.folder} cannot be captured: {key} of the denoiser",
+                expected=expected,
+                found=str(denoiser.get(key)),
+                fix="use a plain text-to-image model of the Stable Diffusion 1.x family",
+            )
+    for key in ("sample_size", "cross_attention_dim"):
+        if not isinstance(denoiser.get(key), int):
+            raise QlipError(
+                f"{checkpoint.folder} cannot be captured: {key} of the denoiser",
+                expected="one number",
+                found=str(denoiser.get(key)),
+            )
 
 
 class _Denoiser(torch.nn.Module):

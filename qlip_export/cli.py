@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="qlip-export",
-    help="Compile text-to-image diffusion models into engines whose precision is chosen as they run.",
+    help="Compile text-to-image diffusion models into block engines at several precisions.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -415,7 +415,8 @@ def _print_validation(report: Any) -> None:
         console.print(f"note: {note}")
     off = [f"{row.block} at {row.bits} bits" for row in report.rows if not row.passed]
     off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
-    console.print("all engines agree" if report.passed else f"off: {', '.join(off)}")
+    images = "" if report.images else "; images were not compared"
+    console.print(f"all engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}")
 
 
 if __name__ == "__main__":

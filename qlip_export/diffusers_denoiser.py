@@ -30,7 +30,7 @@ class DiffusersDenoiser(torch.nn.Module):
         """Load the bundle; ``bits`` chooses the activation bits of all blocks."""
         super().__init__()
         self._runtime = TextToImage.load(Path(bundle))
-        self.bits = bits
+        self.bits = self._runtime.bundle.bits(bits)
         config = json.loads(self._runtime.bundle.file(CONFIG).read_text(encoding="utf-8"))
         self.config = FrozenDict(config)
         self.dtype = torch.float32
@@ -39,7 +39,7 @@ class DiffusersDenoiser(torch.nn.Module):
     @property
     def pattern(self) -> BitPattern:
         """Bits of every block."""
-        return self._runtime.chain.uniform(self._runtime.bundle.bits(self.bits))
+        return self._runtime.chain.uniform(self.bits)
 
     def forward(
         self,
@@ -65,19 +65,23 @@ class DiffusersDenoiser(torch.nn.Module):
             raise QlipError(
                 "the bundle's denoiser takes latents, timestep and text only", found=", ".join(sorted(wrong))
             )
-        expected = next(t.shape for t in self._runtime.bundle.manifest.inputs if t.name == "latents")
-        if tuple(sample.shape) != expected:
+        shapes = {t.name: t.shape for t in self._runtime.bundle.manifest.inputs}
+        for name, tensor in (("latents", sample), ("text", encoder_hidden_states)):
+            if tuple(tensor.shape) != shapes[name]:
+                raise QlipError(
+                    f"{name} of another shape than the bundle's",
+                    expected=str(shapes[name]),
+                    found=str(tuple(tensor.shape)),
+                    fix="build with the batch size you need; guidance must be above 1, it doubles the batch",
+                )
+        timesteps = torch.as_tensor(timestep).flatten()
+        if not bool((timesteps == timesteps[0]).all()):
             raise QlipError(
-                "latents of another shape than the bundle's",
-                expected=str(expected),
-                found=str(tuple(sample.shape)),
-                fix="build with the batch size you need; guidance must be above 1, it doubles the batch",
+                "the samples of a batch are at different timesteps", found=str(timesteps.tolist())
             )
         chain = self._runtime.chain
         chain.load([self.pattern])
         chain.hold("text", encoder_hidden_states.detach().cpu().float().numpy())
-        noise = chain.step(
-            sample.detach().cpu().float().numpy(), float(torch.as_tensor(timestep).flatten()[0]), self.pattern
-        )
+        noise = chain.step(sample.detach().cpu().float().numpy(), float(timesteps[0]), self.pattern)
         out = torch.from_numpy(np.ascontiguousarray(noise)).to(sample.dtype)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)

@@ -86,7 +86,8 @@ class Exporter:
         """Changes with the code that makes the graphs, so that an upgrade never reuses its predecessor's."""
         package = Path(__file__).parent
         sources = [package / "capture.py", package / "export.py", *sorted((package / "graph").glob("*.py"))]
-        sources += [package / "quant" / "weights.py", *sorted((package / "families").glob("*.py"))]
+        sources += [package / "spec.py", package / "checkpoint.py"]
+        sources += [*sorted((package / "quant").glob("*.py")), *sorted((package / "families").glob("*.py"))]
         return content_key([sha256_of(p) for p in sources])
 
     def run(self, ranges: Ranges | None) -> Exported:
@@ -150,6 +151,7 @@ class Exporter:
                     bits,
                     round_to_nearest,
                     self._progress.item,
+                    halves=name == "denoiser",  # text encoder and VAE run in FP32 only
                 )
             facts: JsonValue = index.model_dump(mode="json")
             return facts
@@ -273,6 +275,10 @@ def _save(model: ir.Model, path: Path) -> None:
     except onnx.shape_inference.InferenceError as error:
         raise QlipError(f"the graph {model.graph.name} is not well typed", found=str(error)) from error
     path.write_bytes(proto.SerializeToString())
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise QlipError(f"the graph {model.graph.name} is not valid ONNX", found=str(error)) from error
 
 
 def _count(model: ir.Model, weight: str) -> int:

@@ -64,20 +64,27 @@ def explained_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # The error knows its file; what fails while ``path`` is made may lie elsewhere.
+        where = error.filename or path
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QlipError(
                 f"the disk is full while writing {path}",
                 found=str(error),
                 fix="free space and run the same command again; what is finished is kept",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in _ACCESS_ERRORS:
             raise QlipError(
-                f"cannot write {path}",
-                expected="a writable folder",
+                f"cannot write {path}" if where == path else f"cannot write {path}: no access to {where}",
+                expected="a folder that exists or can be made, and is writable",
                 found=str(error),
                 fix="choose another -o",
             ) from error
         raise
+
+
+_ACCESS_ERRORS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+)
 
 
 @contextlib.contextmanager

@@ -22,13 +22,13 @@ from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.pipeline import seeded_noise
-from qlip_export.spec import REFERENCE_BITS, Container, Frozen, variant_name
+from qlip_export.spec import REFERENCE_BITS, Container, Frozen, container_of, variant_name
 from qlip_export.zoo import find_model
 
 Arrays = dict[str, NDArray[np.float32]]
 
-FLOAT32_IMAGE_PSNR = 45.0
-"""Least agreement, in dB, of the image at 32 bits with diffusers' own."""
+LEAST_PSNR = {Container.FLOAT: 45.0, Container.HALF: 30.0}
+"""Least agreement, in dB, of the image with diffusers' own; INT8 rounds differently and drifts, so none."""
 
 TOLERANCES: dict[tuple[Container, str], float] = {
     (Container.FLOAT, "float32"): 1e-4,
@@ -264,7 +264,7 @@ def _compare_images(
             found: float | None = psnr(image, expected)
         except NotFiniteError:
             found = None
-        least = FLOAT32_IMAGE_PSNR if bits == REFERENCE_BITS else None
+        least = LEAST_PSNR.get(container_of(bits))
         rounding = f" and activations rounded to {bits} bits" if bits <= 8 else ""
         rows.append(
             ImageRow(

@@ -1,8 +1,9 @@
 """Where a build works: beside the bundle, product by product, so that nothing whole is ever lost.
 
-A build of `engines/emoji` works in `engines/emoji.building`. Every product has a key made from all that went
-into it; a product that is there with the same key and its recorded hash is not made again, whether it comes
-from an interrupted build or from the bundle that is being replaced. When all is there, the folder is renamed.
+A build of `engines/emoji` works in `engines/.emoji.qlip-building`. Every product has a key made from all that
+went into it; a product that is there with the same key and its recorded hash is not made again, whether it
+comes from an interrupted build or from the bundle that is being replaced. When all is there, the folder is
+renamed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from pydantic import JsonValue, RootModel, ValidationError
 
-from qlip_export.bundle import MANIFEST, Bundle, BundlePath, FileEntry, Manifest
+from qlip_export.bundle import MANIFEST, Bundle, BundlePath, FileEntry, Manifest, building_folder
 from qlip_export.errors import QlipError
-from qlip_export.files import explained_os_errors, locked, sha256_of, write_json, written_aside
+from qlip_export.files import locked, sha256_of, write_json, written_aside
 
 JOURNAL = "journal.json"
 
@@ -31,7 +32,7 @@ class Workspace:
     def __init__(self, out: Path) -> None:
         """Use `Workspace.open` instead."""
         self.out = out
-        self.root = out.with_name(out.name + ".building")
+        self.root = building_folder(out)
         self.files: dict[str, FileEntry] = {}
         self.built = 0
         self.reused = 0
@@ -46,9 +47,9 @@ class Workspace:
         Raises:
             QlipError: ``out`` is something other than a bundle, or cannot be written.
         """
-        out = out.absolute()
+        out = out.resolve()
         check_replaceable(out)
-        with locked(out.with_name(f".{out.name}.lock"), on_wait), explained_os_errors(out):
+        with locked(out.with_name(f".{out.name}.lock"), on_wait):
             workspace = cls(out)
             workspace._recover()
             workspace.root.mkdir(exist_ok=True)
@@ -105,7 +106,7 @@ class Workspace:
 
     @property
     def _previous_root(self) -> Path:
-        return self.out.with_name(self.out.name + ".previous")
+        return self.out.with_name(f".{self.out.name}.qlip-previous")
 
     def _recover(self) -> None:
         """Undo a swap that was interrupted between its two renames."""

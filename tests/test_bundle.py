@@ -152,7 +152,7 @@ def test_no_bundle_there(tmp_path: Path, make: Callable[[Path], Any], found: str
 
 
 def test_interrupted_build_is_told_from_no_build(tmp_path: Path) -> None:
-    (tmp_path / "mine.building").mkdir()
+    (tmp_path / ".mine.qlip-building").mkdir()
     with pytest.raises(QlipError, match="mine is no bundle; its build was interrupted"):
         Bundle.open(tmp_path / "mine")
 

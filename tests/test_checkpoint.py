@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,23 @@ def test_denoiser_of_stable_diffusion_1_4_is_captured_without_weights(tmp_path: 
     assert round(sum(layer.macs for layer in layers) / 2e9, 1) == 338.6
     blocks = {UNET.block_of(layer.name, "coarse") for layer in layers}
     assert {"mid_block", "down_blocks.3", "up_blocks.0"} <= blocks
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("in_channels", 9),
+        ("addition_embed_type", "text_time"),
+        ("sample_size", [64, 96]),
+        ("class_embed_type", "timestep"),
+    ],
+)
+def test_unets_with_other_inputs_are_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(QlipError, match=key):
+        shapes_of(Checkpoint(copy), batch_size=1)

@@ -475,3 +475,10 @@ def test_calibrate_without_prompts(cli: Cli, empty: Path, tiny_model: Path, text
     )
     assert "prompts.txt" in error["problem"]
     assert tree(empty) == ["prompts.txt"]
+
+
+def test_inspect_of_a_folder_that_is_no_bundle(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "is no bundle" in one_error(cli("inspect", ".", "--json"))["problem"]

@@ -133,7 +133,7 @@ def test_a_build_that_made_nothing_leaves_nothing(tmp_path: Path, manifest: Mani
 def test_torn_journal_only_costs_time(tmp_path: Path, manifest: Manifest, journal: bytes) -> None:
     out = tmp_path / "out"
     toy_build(out, manifest, KEYS, die="c")
-    (tmp_path / "out.building" / "journal.json").write_bytes(journal)
+    (tmp_path / ".out.qlip-building" / "journal.json").write_bytes(journal)
     assert toy_build(out, manifest, KEYS) == list(KEYS)
     assert whole(out) == KEYS
 
@@ -144,7 +144,7 @@ def test_damaged_product_is_made_again(
 ) -> None:
     out = tmp_path / "out"
     toy_build(out, manifest, KEYS, die="c")
-    damage(tmp_path / "out.building" / "folder" / "b")
+    damage(tmp_path / ".out.qlip-building" / "folder" / "b")
     assert toy_build(out, manifest, KEYS) == ["folder/b", "c"]
     assert whole(out) == KEYS
 
@@ -160,16 +160,16 @@ def test_file_of_a_damaged_bundle_is_made_again(tmp_path: Path, manifest: Manife
 def test_half_written_file_of_a_killed_build_is_swept_up(tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "out"
     toy_build(out, manifest, KEYS, die="c")
-    (tmp_path / "out.building" / ".c.x1.part").write_text("half")
+    (tmp_path / ".out.qlip-building" / ".c.x1.part").write_text("half")
     toy_build(out, manifest, KEYS)
     assert whole(out) == KEYS
 
 
 def finished_but_not_swapped(out: Path, manifest: Manifest) -> dict[str, str]:
-    """Leave `out` with an old bundle and `out.building` with a new one, killed just before the swap."""
+    """Leave `out` with an old bundle and `.out.qlip-building` with a new one, killed just before the swap."""
     new = KEYS | {"c": "2", "d": "1"}
     toy_build(out, manifest, new)
-    out.rename(out.with_name("out.building"))
+    out.rename(out.with_name(".out.qlip-building"))
     toy_build(tmp := out.with_name("old"), manifest, KEYS)
     tmp.rename(out)
     out.with_name(".old.lock").unlink()
@@ -188,7 +188,7 @@ def test_killed_before_the_swap(tmp_path: Path, manifest: Manifest) -> None:
 def test_killed_between_the_two_renames(tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "out"
     new = finished_but_not_swapped(out, manifest)
-    out.rename(tmp_path / "out.previous")
+    out.rename(tmp_path / ".out.qlip-previous")
     assert toy_build(out, manifest, new) == []
     assert whole(out) == new
     assert beside(out) == []
@@ -197,7 +197,7 @@ def test_killed_between_the_two_renames(tmp_path: Path, manifest: Manifest) -> N
 def test_old_bundle_is_back_even_if_the_next_build_fails(tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "out"
     finished_but_not_swapped(out, manifest)
-    out.rename(tmp_path / "out.previous")
+    out.rename(tmp_path / ".out.qlip-previous")
     toy_build(out, manifest, KEYS, die="a")
     assert whole(out) == KEYS
 
@@ -205,7 +205,7 @@ def test_old_bundle_is_back_even_if_the_next_build_fails(tmp_path: Path, manifes
 def test_killed_after_the_swap(tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "out"
     toy_build(out, manifest, KEYS)
-    shutil.copytree(out, tmp_path / "out.previous")
+    shutil.copytree(out, tmp_path / ".out.qlip-previous")
     assert toy_build(out, manifest, KEYS) == []
     assert whole(out) == KEYS
     assert beside(out) == []
@@ -262,7 +262,7 @@ def start_build(model: Path, calibration: Path, out: Path, *more: str) -> subpro
 
 
 def journal_of(out: Path) -> Path:
-    return out.with_name(out.name + ".building") / "journal.json"
+    return out.with_name(f".{out.name}.qlip-building") / "journal.json"
 
 
 def products(out: Path) -> int:
@@ -416,3 +416,11 @@ def test_disk_full_in_the_middle_of_compiling(
     # What was finished is kept: three engines of the denoiser, and all that came before them.
     again = build_tiny(tiny_model, mine, bits=(32,), weight_bits=8)
     assert again.built == len(BLOCKS) - 3
+
+
+def test_output_behind_a_symbolic_link_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    with Workspace.open(tmp_path / "link", on_wait=lambda: None) as workspace:
+        assert workspace.out == tmp_path / "disk" / "out"
+        assert workspace.root.parent == tmp_path / "disk"

@@ -78,7 +78,7 @@ class OpenVINOBackend(Backend):
 
         model = ir.load(onnx)
         expand_int4(model)
-        with tempfile.TemporaryDirectory(prefix="qlip-openvino-") as folder:
+        with tempfile.TemporaryDirectory(prefix=".expanded-", dir=engine.parent) as folder:
             expanded = Path(folder) / "model.onnx"
             ir.save(model, expanded, external_data="model.data")
             try:

@@ -35,7 +35,9 @@ def insert_qdq(model: ir.Model, bits_of: Mapping[str, int], range_of: Mapping[st
     if unknown := set(bits_of) - set(layers):
         raise QlipError("layers to quantize are not in the graph", found=", ".join(sorted(unknown)))
     shared: dict[tuple[ir.Value, int, float], ir.Value] = {}
-    for name, bits in bits_of.items():
+    # In graph order: a shared pair must stand before the first layer that reads it.
+    for name in [name for name in layers if name in bits_of]:
+        bits = bits_of[name]
         if name not in range_of or not range_of[name] > 0:
             raise QlipError(
                 f"no activation range for layer {name!r}",

@@ -13,11 +13,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qlip_export.errors import QlipError
 from qlip_export.graph.layers import Layer, static_shape
 from qlip_export.quant.weights import QuantizedWeight, WeightQuantizer, pack_int4
 from qlip_export.spec import Frozen, WeightBits
 
 ALIGNMENT = 64
+HALF_MAX = 65504.0
 
 
 class StoredTensor(Frozen):
@@ -52,9 +54,10 @@ class WeightIndex(Frozen):
 class WeightWriter:
     """Appends tensors to an open weight file."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        """Write to ``file`` from its current position on."""
+    def __init__(self, file: IO[bytes], *, halves: bool = True) -> None:
+        """Write to ``file`` from its current position on; ``halves`` adds FP16 copies of FP32 parameters."""
         self._file = file
+        self._halves = halves
         self.tensors: dict[str, StoredTensor] = {}
         self.layer_axis: dict[str, int] = {}
 
@@ -86,8 +89,16 @@ class WeightWriter:
         """Store a parameter as it is: nothing is gained by widening an FP16 checkpoint."""
         if array.dtype == np.float16:
             self._append(f"{name}.half", "FLOAT16", array.shape, array)
-        else:
-            self._append(name, "FLOAT", array.shape, array.astype("<f4"))
+            return
+        self._append(name, "FLOAT", array.shape, array.astype("<f4"))
+        if self._halves:
+            if array.size and float(np.abs(array).max()) > HALF_MAX:
+                raise QlipError(
+                    f"parameter {name!r} does not fit into FP16",
+                    expected=f"magnitudes up to {HALF_MAX:.0f}",
+                    found=f"{float(np.abs(array).max()):.6g}",
+                    fix="this model cannot run at 16 bits or less",
+                )
             self._append(f"{name}.half", "FLOAT16", array.shape, array.astype("<f2"))
 
     def _append(self, name: str, dtype: str, shape: tuple[int, ...], data: NDArray[Any]) -> None:
@@ -172,6 +183,7 @@ def write_weights(
     bits: WeightBits,
     quantize: WeightQuantizer,
     on_layer: Callable[[str], None],
+    halves: bool = True,
 ) -> WeightIndex:
     """Write all weights of a graph, one at a time, and return the index.
 
@@ -183,8 +195,9 @@ def write_weights(
         bits: Weight bits; 32 stores the weights as they are.
         quantize: The method for 4 and 8 bits.
         on_layer: Called with the name of each parameter before it is processed.
+        halves: Also store FP16 copies of FP32 parameters, for FP16 graphs.
     """
-    writer = WeightWriter(file)
+    writer = WeightWriter(file, halves=halves)
     layer_of = {layer.weight: layer for layer in layers}
     for name in parameters:
         on_layer(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -120,3 +121,17 @@ def test_missing_range_and_unknown_layer() -> None:
         insert_qdq(convolution(), {"conv": 8}, {})
     with pytest.raises(QlipError, match=r"not in the graph(.|\n)*found: other"):
         insert_qdq(convolution(), {"other": 8}, {"other": 1.0})
+
+
+def test_layers_that_share_an_input_share_a_pair_that_stands_before_all_of_them() -> None:
+    """Named in alphabetical order, as manifests list them: `to_k` before `to_q`, which runs first."""
+    model = graph("""
+        g (float[2, 4] x, float[4, 4] to_q__weight, float[4, 4] to_k__weight)
+        => (float[2, 4] q, float[2, 4] k) {
+            q = MatMul (x, to_q__weight)
+            k = MatMul (x, to_k__weight)
+        }
+    """)
+    assert insert_qdq(model, {"to_k": 8, "to_q": 8}, {"to_k": 2.0, "to_q": 2.0}) == 2
+    assert [node.op_type for node in model.graph].count("QuantizeLinear") == 1
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)

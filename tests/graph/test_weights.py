@@ -13,9 +13,10 @@ import onnx_ir as ir
 import pytest
 
 from qlip_export.bundle import Bundle
+from qlip_export.errors import QlipError
 from qlip_export.export import DENOISER_INPUTS
 from qlip_export.graph.layers import find_layers
-from qlip_export.graph.weights import ALIGNMENT, WeightIndex, bind_weights, write_weights
+from qlip_export.graph.weights import ALIGNMENT, WeightIndex, WeightWriter, bind_weights, write_weights
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.reference import DENOISER_WEIGHTS, quantized_weights
 from qlip_export.spec import WeightBits
@@ -154,3 +155,9 @@ def test_every_parameter_of_every_block_is_bound(bundle: Path) -> None:
     for path in (bundle / "onnx").glob("*.onnx"):
         names = {value.name for value in onnx.load(path, load_external_data=False).graph.input}
         assert all(n in (*DENOISER_INPUTS, "input_ids") or "_out" in n for n in names), path.name
+
+
+def test_parameter_beyond_fp16_is_refused_by_name() -> None:
+    with pytest.raises(QlipError, match="'norm.weight' does not fit into FP16"):
+        WeightWriter(io.BytesIO()).add_parameter("norm.weight", np.array([1.0, 7e4], dtype=np.float32))
+    WeightWriter(io.BytesIO(), halves=False).add_parameter("norm.weight", np.array([7e4], dtype=np.float32))
