@@ -179,6 +179,7 @@ class Manifest(Frozen):
 
 def building_folder(out: Path) -> Path:
     """Return where a build of the bundle ``out`` works: hidden, and named so that no one else uses it."""
+    out = out.absolute()
     return out.with_name(f".{out.name}.qlip-building")
 
 
@@ -197,7 +198,7 @@ class Bundle:
         Raises:
             QlipError: No bundle there, another schema version, unknown keys, a path that leaves the bundle.
         """
-        folder = Path(root).absolute()
+        folder = Path(root)
         path = folder / MANIFEST
         if not path.is_file():
             hint = "; its build was interrupted" if building_folder(folder).is_dir() else ""

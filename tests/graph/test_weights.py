@@ -158,6 +158,6 @@ def test_every_parameter_of_every_block_is_bound(bundle: Path) -> None:
 
 
 def test_parameter_beyond_fp16_is_refused_by_name() -> None:
-    with pytest.raises(QlipError, match="'norm.weight' does not fit into FP16"):
+    with pytest.raises(QlipError, match=r"'norm\.weight' does not fit into FP16"):
         WeightWriter(io.BytesIO()).add_parameter("norm.weight", np.array([1.0, 7e4], dtype=np.float32))
     WeightWriter(io.BytesIO(), halves=False).add_parameter("norm.weight", np.array([7e4], dtype=np.float32))
