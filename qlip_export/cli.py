@@ -13,7 +13,6 @@ import typer
 from qlip_export.errors import QlipError
 
 if TYPE_CHECKING:
-    from qlip_export.bundle import Bundle
     from qlip_export.runtime import Generation
 
 app = typer.Typer(
@@ -168,12 +167,13 @@ def generate(
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle holds: blocks, variants, layers, precisions, sizes."""
     from qlip_export.bundle import Bundle
+    from qlip_export.display import print_bundle
 
     opened = Bundle.open(bundle)
     if as_json:
         print(opened.manifest.model_dump_json())
         return
-    _print_bundle(opened)
+    print_bundle(opened)
 
 
 @app.command()
@@ -190,6 +190,7 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every engine with the captured graph on real activations, and the image with diffusers."""
+    from qlip_export.display import print_validation
     from qlip_export.progress import progress_for_terminal
     from qlip_export.validate import validate as run
 
@@ -198,7 +199,7 @@ def validate(
     if as_json:
         print(report.model_dump_json())
     else:
-        _print_validation(report)
+        print_validation(report)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -246,12 +247,13 @@ def quickstart(
     ),
 ) -> None:
     """Build the embedded emoji model, draw a dozen prompts at each bit option, validate."""
+    from qlip_export.display import print_validation
     from qlip_export.progress import progress_for_terminal
     from qlip_export.quickstart import quickstart as run
 
     with progress_for_terminal() as progress:
         report = run(out, progress)
-    _print_validation(report.validation)
+    print_validation(report.validation)
     print(f"bundle:  {report.build.bundle} (built in {report.build.seconds:.0f} s)")
     print(f"images:  {report.sheet}")
     for bits, seconds in report.seconds_per_image.items():
@@ -346,77 +348,6 @@ def _save_images(result: Generation, files: list[Path]) -> None:
         with written_aside(file) as aside:
             image.save(aside, format={"png": "PNG", "webp": "WEBP"}.get(file.suffix[1:].lower(), "JPEG"))
         record["file"] = str(file)
-
-
-def _print_bundle(bundle: Bundle) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from qlip_export.spec import variant_name
-
-    manifest, console = bundle.manifest, Console(highlight=False, markup=False, soft_wrap=True)
-    sampler, shapes = manifest.sampler, manifest.shapes
-    height, width = shapes.image
-
-    layers = [layer for block in manifest.blocks for layer in block.layers]
-    console.print(
-        f"{manifest.model.name} ({manifest.model.family}), {width}x{height}, "
-        f"batch {shapes.batch_size}, {len(sampler.steps)} steps of {sampler.scheduler}"
-    )
-    console.print(
-        f"{len(layers)} layers, {sum(layer.quantized for layer in layers)} with activations at "
-        f"{'/'.join(map(str, manifest.bits))} bits; weights {manifest.quantization.weight_bits} bits "
-        f"({manifest.quantization.weight_method})"
-    )
-    if manifest.backend is not None:
-        console.print(
-            f"engines: {manifest.backend.name} {manifest.backend.version} on {manifest.backend.device}"
-        )
-    table = Table("block", "layers", "MACs", *(f"{b} bits, MB" for b in manifest.bits))
-    table.columns[0].no_wrap = True
-    for block in manifest.blocks:
-        cells = []
-        for bits in manifest.bits:
-            engine = block.variants[variant_name(bits)].engine
-            size = manifest.files[engine.path].size / 1e6 if engine else 0
-            cells.append(f"{engine.container.value} {size:.1f}" if engine else "no engine")
-        macs = sum(layer.macs for layer in block.layers)
-        table.add_row(block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells)
-    console.print(table)
-    console.print(
-        ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
-    )
-
-
-def _print_validation(report: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    table = Table("block", "bits", "error", "tolerance", "cosine", "")
-    for row in report.rows:
-        table.add_row(
-            row.block,
-            str(row.bits),
-            f"{row.error:.1e}",
-            f"{row.tolerance:.0e}",
-            f"{row.cosine:.6f}",
-            "ok" if row.passed else "OFF" if row.finite else "NOT FINITE",
-        )
-    console.print(table)
-    console.print(
-        "error: relative L2; 16 and 32 bits against the FP32 graph, INT8 against the quantized graph"
-    )
-    for image in report.images:
-        found = "not finite" if image.psnr is None else f"{image.psnr:.1f} dB"
-        wanted = f" (at least {image.least:.0f})" if image.least is not None else ""
-        console.print(f"image at {image.bits} bits against {image.reference}: {found}{wanted}")
-    for note in report.notes:
-        console.print(f"note: {note}")
-    off = [f"{row.block} at {row.bits} bits" for row in report.rows if not row.passed]
-    off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
-    images = "" if report.images else "; images were not compared"
-    console.print(f"all engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}")
 
 
 if __name__ == "__main__":

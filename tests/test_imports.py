@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": {"*", "-cli", "-runtime", "-bench"},
     "validate": {"*", "-cli", "-bench"},
     "quickstart": {"*", "-cli", "-bench"},
+    "display": {"spec", "bundle", "validate"},
     "bench": {"*", "-cli"},
     "cli": {"*"},
     "__main__": {"cli"},
