@@ -112,6 +112,7 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
         manifest = _manifest(
             options,
             model,
+            checkpoint,
             exporter,
             shapes,
             exported,
@@ -225,6 +226,7 @@ def _tokenizer(checkpoint: Checkpoint, workspace: Workspace) -> TokenizerEntry:
 def _manifest(
     options: BuildOptions,
     model: ZooModel,
+    checkpoint: Checkpoint,
     exporter: Exporter,
     shapes: Shapes,
     exported: Exported,
@@ -235,7 +237,6 @@ def _manifest(
     workspace: Workspace,
 ) -> Manifest:
     can = backend.capabilities
-    checkpoint = Checkpoint(model.folder)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         qlip_export_version=__version__,

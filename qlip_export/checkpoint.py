@@ -141,6 +141,7 @@ class Checkpoint:
                 fix="name a model of the zoo or a folder written by save_pretrained()",
             )
         self.index = read_json(folder / "model_index.json")
+        self._components: dict[str, Component] = {}
 
     def class_of(self, name: str) -> str:
         """Return the class that `model_index.json` names for a component.
@@ -161,7 +162,8 @@ class Checkpoint:
     def component(self, name: str) -> Component:
         """Return a component by its folder name."""
         self.class_of(name)
-        return Component(self.folder / name)
+        # One object for each: reading headers and hashing gigabytes is done once.
+        return self._components.setdefault(name, Component(self.folder / name))
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the listed components."""

@@ -19,7 +19,6 @@ def print_bundle(bundle: Bundle) -> None:
     manifest, console = bundle.manifest, Console(highlight=False, markup=False, soft_wrap=True)
     sampler, shapes = manifest.sampler, manifest.shapes
     height, width = shapes.image
-
     layers = [layer for block in manifest.blocks for layer in block.layers]
     console.print(
         f"{manifest.model.name} ({manifest.model.family}), {width}x{height}, "

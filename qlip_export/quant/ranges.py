@@ -146,7 +146,7 @@ class MagnitudeHistogram:
             limit = self.maximum * ratio
             step = limit / levels
             clipped = centres > limit
-            # Within the grid the rounding error is uniform over a step unless a bin is coarser than the step.
+            # Bins much finer than a step are rounded one by one; in coarser ones the error is uniform.
             rounding = np.where(
                 self.width / BINS < step / 4,
                 (centres - np.minimum(np.round(centres / step), levels) * step) ** 2,
