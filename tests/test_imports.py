@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "families": {"spec"},
     "bundle": {"spec", "files"},
-    "quant": {"spec"},
+    "quant": {"spec", "files"},
     "graph": {"spec", "quant"},
     "backends": {"spec", "files", "bundle", "lazy:graph.expand"},
     "runtime": {"spec", "files", "bundle", "backends", "progress"},
@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"spec", "checkpoint", "families", "graph"},
     "reference": {"spec", "bundle", "checkpoint", "calibrate", "capture", "graph", "quant", "sampler_probe"},
     "diffusers_denoiser": {"spec", "bundle", "runtime"},
-    "policy": {"spec", "families", "quant", "diffusers_denoiser"},
+    "policy": {"spec", "files"},
+    "policy.table": {"spec"},
     "calibrate": {"*", "-build", "-cli", "-runtime", "-bench", "-validate"},
     "zoo": {"spec", "files", "bundle", "checkpoint"},
     "workspace": {"spec", "files", "bundle"},
@@ -57,6 +58,8 @@ TORCH_MODULES = {
     "policy",
     "quant",
     "-quant.weights",
+    "-quant.rounding",
+    "-policy.table",
 }
 ONNX_MODULES = {"capture", "graph", "policy.graph", "export", "build", "validate", "lazy:backends"}
 
