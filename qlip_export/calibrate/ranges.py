@@ -1,4 +1,4 @@
-"""Calibration: run the full-precision model on prompts and measure what its layers see."""
+"""Activation ranges: run the full-precision model on prompts and measure what its layers see."""
 
 from __future__ import annotations
 
