@@ -45,8 +45,9 @@ format: install ## let ruff rewrite what it can
 bench: install ## measure engines on this machine
 	$(BIN)/python -m benchmarks
 
-emoji-data: install ## render the training images of the emoji model
+emoji-data: install ## render the training images of the emoji model, write its prompt files
 	$(BIN)/python -m tools.emoji.data
+	$(BIN)/python -m tools.emoji.prompts
 
 emoji-train: install ## train the emoji model again, on one or more NVIDIA GPUs
 	PYTHON=$(BIN)/python tools/emoji/train_all.sh

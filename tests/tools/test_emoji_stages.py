@@ -1,7 +1,6 @@
 """What the stages compute: matches, folded latents, timesteps and metrics; the archives of the data set."""
 
 import math
-import random
 
 import numpy
 import pytest
@@ -129,12 +128,3 @@ def test_a_rebuilt_data_set_keeps_the_tokenizer_that_the_weights_know(tmp_path):
     (shipped / "tokenizer.json").write_text("numbered")
     data.place_tokenizer(tmp_path / "data", shipped, [])
     assert (tmp_path / "data/tokenizer.json").read_text() == "numbered"
-
-
-def test_calibration_prompts_are_distinct_and_of_every_level():
-    concepts = [Concept(str(number), f"thing {number}", ("big", "odd"), "objects") for number in range(32)]
-    prompts = data.calibration_prompts(concepts, 16, seed=1)
-    assert prompts == data.calibration_prompts(concepts, 16, seed=1) and len(set(prompts)) == 16
-    assert sum(any(style.phrase in prompt for style in STYLES) for prompt in prompts) == 8
-    with pytest.raises(ValueError):
-        data.calibration_prompts(concepts, 33, seed=random.randint(0, 9))

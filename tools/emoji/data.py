@@ -30,14 +30,12 @@ from tools.emoji.sources import Drawing, load_concepts, load_drawings
 
 DEFAULT_FOLDER = Path("build/emoji-data")
 HELD_OUT_LIST = Path(__file__).parent / "held_out.json"
-PROMPTS = Path("calibration/emoji/prompts.txt")
 SHIPPED_TOKENIZER = Path("qlip_export/zoo/emoji/tokenizer")
 HELD_OUT = 60
 SEED = 20261122
 MARGIN = 0.04
 ARCHIVE_BYTES = 12 * 2**20
 CAPTIONS_FOR_TOKENIZER = 8
-CALIBRATION_PROMPTS = 96
 
 
 @dataclass(frozen=True)
@@ -120,19 +118,6 @@ def tokenizer_texts(concepts: list[Concept], seed: int) -> list[str]:
     return texts + [word for concept in concepts for word in concept.keywords]
 
 
-def calibration_prompts(trained: list[Concept], count: int, seed: int) -> list[str]:
-    """Draw `count` distinct captions of trained concepts, the levels and styles in equal shares."""
-    rng = random.Random(seed)
-    chosen = rng.sample(trained, count)
-    prompts = [
-        caption(concept, STYLES[number // len(LEVELS) % len(STYLES)], LEVELS[number % len(LEVELS)], rng)
-        for number, concept in enumerate(chosen)
-    ]
-    if len(set(prompts)) != count:
-        raise ValueError(f"expected {count} distinct prompts, found {len(set(prompts))}; choose another seed")
-    return prompts
-
-
 def write_index(folder: Path, concepts: list[Concept], drawings: list[Drawing], held_out: set[str]) -> None:
     """Write `index.json`: the concepts and, in the order of the archives, one record an image."""
     place = {concept.hexcode: number for number, concept in enumerate(concepts)}
@@ -147,15 +132,20 @@ def write_index(folder: Path, concepts: list[Concept], drawings: list[Drawing], 
     (folder / "index.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_index(folder: Path) -> tuple[list[Concept], list[ImageRecord]]:
+    """Read the concepts and the image records of the data set in `folder`."""
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    concepts = [Concept(**{**entry, "keywords": tuple(entry["keywords"])}) for entry in index["concepts"]]
+    return concepts, [ImageRecord(**entry) for entry in index["images"]]
+
+
 def load(folder: Path) -> Dataset:
     """Read the data set that `build` wrote to `folder`.
 
     Raises:
         ValueError: the archives hold more or fewer images than the index names.
     """
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    concepts = [Concept(**{**entry, "keywords": tuple(entry["keywords"])}) for entry in index["concepts"]]
-    records = [ImageRecord(**entry) for entry in index["images"]]
+    concepts, records = read_index(folder)
     encoded: list[bytes] = []
     for path in sorted(folder.glob("images-*.zip")):
         with zipfile.ZipFile(path) as archive:
@@ -200,9 +190,6 @@ def build(folder: Path, cache: Path, processes: int, limit: int | None, tokenize
     if limit is None:
         names = {concept.hexcode: concept.name for concept in held_out}
         bpe.write_json(HELD_OUT_LIST, {"seed": SEED, "concepts": names})
-        PROMPTS.parent.mkdir(parents=True, exist_ok=True)
-        prompts = calibration_prompts(trained, CALIBRATION_PROMPTS, SEED)
-        PROMPTS.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     styles = Counter(d.style.key for d in drawings)
     size = sum(path.stat().st_size for path in folder.glob("images-*.zip"))
     print(
