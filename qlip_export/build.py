@@ -6,6 +6,7 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -27,16 +28,19 @@ from qlip_export.capture import Shapes, capture_tokenizer, denoiser_family, shap
 from qlip_export.checkpoint import Checkpoint, read_json
 from qlip_export.compile import compile_engines
 from qlip_export.errors import QlipError
-from qlip_export.export import Exporter, ExportOptions
+from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
 from qlip_export.files import content_key, sha256_of
+from qlip_export.policy.select import select_policy
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
+from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
 from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, WeightBits, container_of
 from qlip_export.workspace import Workspace, check_replaceable
 from qlip_export.zoo import EMBEDDED, ZooModel, find_model
 
 RANGES = "calibration/ranges.json"
+WEIGHTS = "weights.safetensors"
 
 
 class BuildOptions(Frozen):
@@ -51,6 +55,8 @@ class BuildOptions(Frozen):
     steps: int = Field(default=25, ge=1, le=1000)
     scheduler: str = "dpmsolver++"
     calibration: Path | None = None
+    policy: str = "auto"
+    weights: Literal["auto", "nearest"] = "auto"
 
     @field_validator("bits")
     @classmethod
@@ -72,6 +78,8 @@ class BuildReport(Frozen):
     backend: str
     device: str
     bits: tuple[int, ...]
+    policy: str | None = Field(description="none: uniform bits only")
+    weights: str = Field(description="how the denoiser's weights were rounded")
     blocks: int
     engines: int
     built: int = Field(description="files made by this run")
@@ -93,7 +101,18 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
     shapes = shapes_of(checkpoint, batch_size=options.batch_size)
     for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
         checkpoint.component(component).require_weights()
-    shipped = _shipped_ranges(model, checkpoint, options)
+    folder = options.calibration or model.calibration
+    denoiser = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
+    shipped = _shipped_ranges(folder, denoiser, options)
+    weights = _weight_method(folder, denoiser, options)
+    policy = select_policy(
+        folder,
+        options.policy,
+        bits=options.bits,
+        granularity=options.granularity,
+        denoiser=denoiser,
+        text_encoder=checkpoint.component("text_encoder").fingerprint,
+    )
     check_replaceable(out)
     with Workspace.open(
         out, lambda: progress.note(f"another build is writing {out}; waiting for it")
@@ -101,12 +120,15 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
         exporter = Exporter(
             checkpoint,
             shapes,
-            ExportOptions(options.bits, options.weight_bits, options.granularity),
+            ExportOptions(options.bits, options.weight_bits, options.granularity, weights),
             workspace,
             progress,
         )
         ranges = _ranges(checkpoint, exporter, options, shipped, workspace, progress)
         exported = exporter.run(ranges)
+        if policy is not None:
+            entry = policy.export(exported.blocks, len(sampler.steps), options.batch_size, workspace)
+            exported = exported.model_copy(update={"policy": entry})
         exported = compile_engines(exported, options.bits, backend, workspace, progress)
         tokenizer = _tokenizer(checkpoint, workspace)
         manifest = _manifest(
@@ -119,6 +141,7 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
             backend,
             sampler,
             tokenizer,
+            weights,
             ranges is not None,
             workspace,
         )
@@ -137,7 +160,7 @@ def _needs_ranges(options: BuildOptions) -> tuple[int, ...]:
     return tuple(b for b in options.bits if container_of(b) is Container.INT8)
 
 
-def _shipped_ranges(model: ZooModel, checkpoint: Checkpoint, options: BuildOptions) -> Path | None:
+def _shipped_ranges(folder: Path | None, denoiser: str, options: BuildOptions) -> Path | None:
     """Return the ranges that the model brings or the user names, after making sure that they fit."""
     for bits in _needs_ranges(options):
         if bits not in RANGE_BITS:
@@ -146,7 +169,6 @@ def _shipped_ranges(model: ZooModel, checkpoint: Checkpoint, options: BuildOptio
                 expected=", ".join(map(str, RANGE_BITS)),
                 found=str(bits),
             )
-    folder = options.calibration or model.calibration
     if folder is None:
         return None
     path = folder / "ranges.json"
@@ -159,12 +181,23 @@ def _shipped_ranges(model: ZooModel, checkpoint: Checkpoint, options: BuildOptio
             found="no such file",
             fix=f"qlip-export calibrate --model {options.model} -o {folder}",
         )
-    fingerprint = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
     ranges = Ranges.load(path)
-    ranges.check(fingerprint, set(), path)
+    ranges.check(denoiser, set(), path)
     for bits in _needs_ranges(options):
         ranges.thresholds(bits)
     return path
+
+
+def _weight_method(folder: Path | None, denoiser: str, options: BuildOptions) -> WeightMethod:
+    """Return learned rounding where the folder has it for these weight bits, else round to nearest."""
+    path = folder / WEIGHTS if folder is not None else None
+    if path is None or not path.is_file() or options.weights == "nearest" or options.weight_bits == 32:
+        return NEAREST
+    rounding = LearnedRounding.load(path)
+    if rounding.recipe.bits != options.weight_bits:
+        return NEAREST
+    rounding.check(denoiser, options.weight_bits, path)
+    return WeightMethod("learned rounding", rounding, sha256_of(path))
 
 
 def _ranges(
@@ -233,6 +266,7 @@ def _manifest(
     backend: Backend,
     sampler: SamplerTable,
     tokenizer: TokenizerEntry,
+    weights: WeightMethod,
     calibrated: bool,
     workspace: Workspace,
 ) -> Manifest:
@@ -245,12 +279,13 @@ def _manifest(
             family=exporter.family.name,
             fingerprint=checkpoint.component(exporter.family.denoiser_folder).fingerprint,
             source=options.model if options.model in EMBEDDED else str(Path(options.model).resolve()),
+            parameters=exported.parameters,
         ),
         bits=options.bits,
         granularity=options.granularity,
         quantization=QuantizationEntry(
             weight_bits=options.weight_bits,
-            weight_method="none" if options.weight_bits == 32 else "round to nearest",
+            weight_method="none" if options.weight_bits == 32 else weights.name,
             ranges=RANGES if calibrated else None,
         ),
         shapes=ShapesEntry(
@@ -263,6 +298,7 @@ def _manifest(
         blocks=exported.blocks,
         text_encoder=exported.text_encoder,
         vae_decoder=exported.vae_decoder,
+        policy=exported.policy,
         sampler=sampler,
         tokenizer=tokenizer,
         backend=BackendEntry(name=backend.name, version=can.version, device=can.device, half=can.half),
@@ -286,6 +322,8 @@ def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport
         backend=manifest.backend.name,
         device=manifest.backend.device,
         bits=manifest.bits,
+        policy=manifest.policy.name if manifest.policy else None,
+        weights=manifest.quantization.weight_method,
         blocks=len(manifest.blocks),
         engines=sum(path.startswith("engines/") for path in manifest.files),
         built=workspace.built,

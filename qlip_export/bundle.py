@@ -6,16 +6,18 @@ JSON, ONNX, raw tensors and engine files only; nothing in a bundle is ever unpic
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
+from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import Container, DType, Frozen, Granularity, SamplerTable, WeightBits
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -94,6 +96,25 @@ class ComponentEntry(Frozen):
     engine: EngineEntry | None = None
 
 
+class PolicyEntry(ComponentEntry):
+    """The trained policy: chooses the bits of every unit at every step from the prompt.
+
+    The engine turns the pooled text embedding into quality q (QLIP, table S5), the table turns q into bits
+    (figure S2).
+    """
+
+    name: str = Field(description="in the calibration folder that it came from")
+    unit: Literal["block", "layer"] = Field(description="what one decision is about")
+    criterion: Literal["quality", "complexity", "length"] = Field(description="what q predicts")
+    parts: tuple[Literal["q", "m", "h"], ...] = Field(description="learned parts of Q2B (figure S2)")
+    cost: str = Field(description="'bits', or 'latency on BACKEND'")
+    projection: tuple[int, int] = Field(description="shape of T2Q's frozen first linear, (C, C_clip)")
+    fab: float = Field(description="feature average bits of the training prompts")
+    srocc: float = Field(description="Spearman's rank correlation of q and its label, held-out prompts")
+    plcc: float = Field(description="Pearson's correlation of the same")
+    table: DecisionTable
+
+
 class Exported(Frozen):
     """What an export adds to a manifest; compiling fills in the engines."""
 
@@ -101,6 +122,8 @@ class Exported(Frozen):
     blocks: tuple[BlockEntry, ...]
     text_encoder: ComponentEntry
     vae_decoder: ComponentEntry
+    policy: PolicyEntry | None
+    parameters: int = Field(description="of the denoiser")
 
 
 class ModelEntry(Frozen):
@@ -110,6 +133,7 @@ class ModelEntry(Frozen):
     family: str
     fingerprint: str
     source: str = Field(description="zoo name or folder, as given")
+    parameters: int = Field(description="of the denoiser")
 
 
 class ShapesEntry(Frozen):
@@ -160,11 +184,24 @@ class Manifest(Frozen):
     blocks: tuple[BlockEntry, ...]
     text_encoder: ComponentEntry
     vae_decoder: ComponentEntry
+    policy: PolicyEntry | None = Field(description="none: every run is at uniform bits")
     sampler: SamplerTable
     tokenizer: TokenizerEntry
     backend: BackendEntry | None
     versions: dict[str, str]
     files: dict[BundlePath, FileEntry]
+
+    @model_validator(mode="after")
+    def _policy_fits(self) -> Manifest:
+        if self.policy is not None:
+            table = self.policy.table
+            if len(table.group_of_step) != len(self.sampler.steps):
+                raise ValueError(
+                    f"the policy is for {len(table.group_of_step)} steps, not {len(self.sampler.steps)}"
+                )
+            if not set(table.options) <= set(self.bits):
+                raise ValueError(f"the policy chooses among {table.options}, not {self.bits}")
+        return self
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:
@@ -175,6 +212,11 @@ class Manifest(Frozen):
             kind = "engines" if path.startswith("engines/") else {"bin": "weights"}.get(suffix, suffix)
             totals[kind if kind in totals else "other"] += entry.size
         return totals
+
+
+def best_fast_option(options: Sequence[int]) -> int:
+    """Return the largest of ``options`` up to 16 bits, or the smallest where all are larger."""
+    return max((bits for bits in options if bits <= 16), default=min(options))
 
 
 def building_folder(out: Path) -> Path:
@@ -261,7 +303,7 @@ class Bundle:
         return full
 
     def bits(self, requested: int | None = None) -> int:
-        """Return the bit option to run at: the requested one, else the best that runs fast.
+        """Return the bit option of a uniform run: the requested one, else the best that runs fast.
 
         Without a request that is the largest option up to 16 bits, which no one can tell from FP32 by eye.
 
@@ -270,7 +312,7 @@ class Bundle:
         """
         options = self.manifest.bits
         if requested is None:
-            return max((b for b in options if b <= 16), default=min(options))
+            return best_fast_option(options)
         if requested not in options:
             raise QlipError(
                 f"the bundle has no {requested}-bit engines",

@@ -69,6 +69,13 @@ def build(
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of calibration results.", show_default="the model's own")
     ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(help="Trained policy: auto (the default one that fits --bits), none, or its name."),
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="auto (learned rounding where the calibration has it) or nearest.")
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Where the bundle goes.", show_default="engines/MODEL")
     ] = None,
@@ -90,6 +97,8 @@ def build(
         steps=steps,
         scheduler=scheduler,
         calibration=calibration,
+        policy=policy,
+        weights=weights,
     )
     target = out or Path("engines") / Path(model).resolve().name
     with progress_for_terminal() as progress:
@@ -99,6 +108,7 @@ def build(
         return
     sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in report.bytes.items() if size)
     print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits")
+    print(f"  policy: {report.policy or 'none, uniform bits only'}; weights: {report.weights}")
     print(f"  {report.backend} on {report.device}, {report.engines} engines, {report.seconds:.0f} s")
     print(f"  {report.built} files made, {report.reused} reused; {sizes}")
     print(f'try: qlip-export generate {report.bundle} "a red apple"')

@@ -25,12 +25,15 @@ def compile_engines(
         QlipError: The backend refuses a graph.
     """
     compiler = _Compiler(backend, workspace, progress)
-    progress.stage("compile", sum(v.bits in bits for b in exported.blocks for v in b.variants.values()) + 2)
-    return Exported(
-        inputs=exported.inputs,
-        blocks=tuple(compiler.block(block, bits) for block in exported.blocks),
-        text_encoder=compiler.component(exported.text_encoder),
-        vae_decoder=compiler.component(exported.vae_decoder),
+    variants = sum(v.bits in bits for b in exported.blocks for v in b.variants.values())
+    progress.stage("compile", variants + 2 + (exported.policy is not None))
+    return exported.model_copy(
+        update={
+            "blocks": tuple(compiler.block(block, bits) for block in exported.blocks),
+            "text_encoder": compiler.component(exported.text_encoder),
+            "vae_decoder": compiler.component(exported.vae_decoder),
+            "policy": exported.policy and compiler.component(exported.policy),
+        }
     )
 
 

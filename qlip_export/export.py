@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from qlip_export.graph.split import Block, split
 from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import Ranges
-from qlip_export.quant.weights import round_to_nearest
+from qlip_export.quant.weights import WeightQuantizer, round_to_nearest
 from qlip_export.spec import (
     REFERENCE_BITS,
     Container,
@@ -48,6 +49,18 @@ DENOISER_INPUTS = ("latents", "timestep", "text")
 
 
 @dataclass(frozen=True)
+class WeightMethod:
+    """A weight quantizer, its name for the manifest, and what changes with what it was learned from."""
+
+    name: str
+    quantize: WeightQuantizer
+    key: str = ""
+
+
+NEAREST = WeightMethod("round to nearest", round_to_nearest)
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """What to export.
 
@@ -55,11 +68,13 @@ class ExportOptions:
         bits: Activation bit options, increasing.
         weight_bits: 4 or 8 on a grid, 32 as they are.
         granularity: Where to cut.
+        weights: How the denoiser's weights are rounded.
     """
 
     bits: tuple[int, ...]
     weight_bits: WeightBits
     granularity: Granularity
+    weights: WeightMethod
 
 
 class Exporter:
@@ -112,6 +127,10 @@ class Exporter:
             blocks=blocks,
             text_encoder=self._component("text_encoder", text, ("input_ids",)),
             vae_decoder=self._component("vae_decoder", vae, ("latents",)),
+            policy=None,
+            parameters=sum(
+                prod(static_shape(v)) for v in denoiser.model.graph.inputs if v.name not in DENOISER_INPUTS
+            ),
         )
 
     def _capture(self, name: str, component: Component, capture: Any) -> _Captured:
@@ -138,7 +157,8 @@ class Exporter:
         graph = captured.model.graph
         layers = find_layers(graph)
         parameters = [str(v.name) for v in graph.inputs if v.name not in inputs]
-        key = content_key("weights", captured.key, bits)
+        method = self._options.weights
+        key = content_key("weights", captured.key, bits, method.key if bits != 32 else "")
         self._progress.stage("weights", len(parameters))
 
         def make(path: Path) -> JsonValue:
@@ -149,7 +169,7 @@ class Exporter:
                     parameters,
                     captured.component.get,
                     bits,
-                    round_to_nearest,
+                    method.quantize,
                     self._progress.item,
                     halves=name == "denoiser",  # text encoder and VAE run in FP32 only
                 )
@@ -282,8 +302,6 @@ def _save(model: ir.Model, path: Path) -> None:
 
 
 def _count(model: ir.Model, weight: str) -> int:
-    from math import prod
-
     return prod(static_shape(next(v for v in model.graph.inputs if v.name == weight)))
 
 

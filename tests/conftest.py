@@ -83,6 +83,30 @@ def bundle(shared: Shared, tiny_model: Path, calibration: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(shared: Shared, tiny_model: Path, calibration: Path) -> Path:
+    """As `calibration`, with learned rounding, T2Q and policies: untrained, but of many minds."""
+
+    def make(folder: Path) -> None:
+        from tests.tiny_calibration import write_calibration
+
+        shutil.copytree(calibration, folder)
+        write_calibration(folder, tiny_model)
+
+    return shared("trained", make)
+
+
+@pytest.fixture(scope="session")
+def adaptive_bundle(shared: Shared, tiny_model: Path, bundle: Path, trained: Path) -> Path:
+    """As `bundle`, with the default policy of `trained` and its learned rounding."""
+
+    def make(out: Path) -> None:
+        shutil.copytree(bundle, out)
+        build_tiny(tiny_model, out, calibration=trained)
+
+    return shared("adaptive", make)
+
+
+@pytest.fixture(scope="session")
 def plain_bundle(shared: Shared, tiny_model: Path, bundle: Path) -> Path:
     """The tiny model in FP32 with its weights as they are, compiled by OpenVINO."""
 

@@ -24,17 +24,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "checkpoint": {"files"},
     "families": {"spec"},
-    "bundle": {"spec", "files"},
+    "bundle": {"spec", "files", "policy.table"},
     "quant": {"spec", "files"},
     "graph": {"spec", "quant"},
     "backends": {"spec", "files", "bundle", "lazy:graph.expand"},
-    "runtime": {"spec", "files", "bundle", "backends", "progress"},
+    "runtime": {"spec", "files", "bundle", "backends", "progress", "policy.table"},
     "sampler_probe": {"spec"},
     "capture": {"spec", "checkpoint", "families", "graph"},
     "reference": {"spec", "bundle", "checkpoint", "calibrate", "capture", "graph", "quant", "sampler_probe"},
     "diffusers_denoiser": {"spec", "bundle", "runtime"},
     "policy": {"spec", "files"},
     "policy.table": {"spec"},
+    "policy.select": {"spec", "files", "bundle", "workspace"},
     "calibrate": {"*", "-build", "-cli", "-runtime", "-bench", "-validate"},
     "zoo": {"spec", "files", "bundle", "checkpoint"},
     "workspace": {"spec", "files", "bundle"},
@@ -61,7 +62,16 @@ TORCH_MODULES = {
     "-quant.rounding",
     "-policy.table",
 }
-ONNX_MODULES = {"capture", "graph", "policy.graph", "export", "build", "validate", "lazy:backends"}
+ONNX_MODULES = {
+    "capture",
+    "graph",
+    "policy.graph",
+    "policy.select",
+    "export",
+    "build",
+    "validate",
+    "lazy:backends",
+}
 
 # Who may import a library. Imports for type checkers alone do not count here. An engine's file in backends/
 # is loaded only when its name is chosen, so its library may stand at the top.
@@ -86,6 +96,7 @@ TORCH_FREE = (
     "spec",
     "bundle",
     "backends",
+    "policy.table",
     "runtime",
     "validate",
     "compile",

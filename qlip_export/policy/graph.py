@@ -20,6 +20,7 @@ def policy_graph(
     hidden: tuple[NDArray[np.float32], NDArray[np.float32]],
     output: tuple[NDArray[np.float32], NDArray[np.float32]],
     table: DecisionTable,
+    batch: int | str = "N",
 ) -> ir.Model:
     """Return the graph of T2Q followed by the decision table.
 
@@ -35,6 +36,7 @@ def policy_graph(
         hidden: Weight (512, C) and bias (512,).
         output: Weight (1, 512) and bias (1,).
         table: Decision table of Q2B.
+        batch: N; a name leaves it open, which engines of static shapes do not take.
     """
     import onnx_ir as ir
 
@@ -56,7 +58,7 @@ def policy_graph(
         return node.outputs[0]
 
     pooled = ir.Value(
-        name="pooled", shape=ir.Shape(["N", projection.shape[1]]), type=ir.TensorType(ir.DataType.FLOAT)
+        name="pooled", shape=ir.Shape([batch, projection.shape[1]]), type=ir.TensorType(ir.DataType.FLOAT)
     )
     value = apply(
         "Relu", [apply("MatMul", [pooled, constant("projection", projection.T)], "projected")], "relu0"
@@ -98,8 +100,8 @@ def policy_graph(
     )
     groups, units = first.shape[1:]
     for out, shape, dtype in (
-        (quality, ["N"], ir.DataType.FLOAT),
-        (bits, ["N", groups, units], ir.DataType.INT64),
+        (quality, [batch], ir.DataType.FLOAT),
+        (bits, [batch, groups, units], ir.DataType.INT64),
         (forced, [groups, units], ir.DataType.INT64),
     ):
         out.shape, out.type = ir.Shape(shape), ir.TensorType(dtype)

@@ -86,22 +86,21 @@ class QualityToBits(nn.Module):
             pairs = [*low_half, (m, 1 - h - m), (zero, h)]
         return torch.stack([torch.stack(pair, dim=-1) for pair in pairs], dim=-2)
 
-    def probabilities(self, q: Tensor, group: int, forced: bool = False) -> Tensor:
+    def probabilities(self, q: Tensor, group: int | Tensor, forced: bool | Tensor = False) -> Tensor:
         """Return the probability of each option, (N, K, options), for qualities ``q`` (N,).
 
         Args:
             q: Qualities.
-            group: Timestep group.
-            forced: Set p_q to 1, as in the first sampling steps.
+            group: Timestep group, of all or of each, (N,) int64.
+            forced: Set p_q to 1, as in the first sampling steps, for all or for each, (N,) bool.
         """
         p = torch.sigmoid((q[:, None] - 0.5) * self.slope + self.offset)
-        if forced:
-            p = torch.ones_like(p)
+        p = torch.where(torch.as_tensor(forced, device=p.device).reshape(-1, 1), 1.0, p)
         lines = self.lines()
-        lines = lines[group if len(lines) > 1 else 0]
+        lines = lines[group] if len(lines) > 1 else lines[0]
         return lines[..., 0] + lines[..., 1] * p[..., None]
 
-    def forward(self, q: Tensor, group: int, forced: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, group: int | Tensor, forced: bool | Tensor = False) -> tuple[Tensor, Tensor]:
         """Return the one-hot choice and the probabilities, both (N, K, options).
 
         The choice is the most probable option; its gradient is that of the probabilities (straight through).

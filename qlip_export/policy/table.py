@@ -7,6 +7,7 @@ to 1 a unit changes its bits at no more than (number of options - 1) values of q
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -40,9 +41,7 @@ class UnitChoice(Frozen):
 
     def at(self, q: float) -> int:
         """Return the bits at quality ``q``, rounded to float32 first."""
-        return self.bits[
-            int(np.searchsorted(np.asarray(self.thresholds, np.float32), np.float32(q), "right"))
-        ]
+        return self.bits[bisect_right(self.thresholds, float(np.float32(q)))]
 
 
 class DecisionTable(Frozen):

@@ -15,14 +15,17 @@ from PIL import Image
 
 from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend, Buffer
-from qlip_export.bundle import Bundle, ComponentEntry
+from qlip_export.bundle import Bundle, ComponentEntry, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.runtime.chain import BitPattern, Chain
 from qlip_export.runtime.sampler import Sampler, guided
+from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
 from qlip_export.runtime.tokenizer import PromptTokenizer
 
 OnStep = Callable[[int, int], None]
 """Called after each denoiser step with the number of steps done and the total."""
+OnImage = Callable[[Image.Image, dict[str, Any]], None]
+"""Called with each image and its record as soon as it is made; what it adds to the record stays there."""
 
 
 @dataclass
@@ -31,8 +34,12 @@ class Generation:
 
     Attributes:
         images: One PIL image for each prompt.
-        records: One dictionary for each image, JSON-serialisable: prompt, seed, bits of each block at each
-            step, FAB, seconds.
+        records: One dictionary for each image, JSON-serialisable. `prompt`, `negative_prompt`, `seed` and
+            `guidance` make it again. `q` is the predicted quality, null where bits were forced or the bundle
+            has no policy; `bits[step][block]` with the names in `blocks`, `fab` (their mean over quantized
+            layers and steps) and `engine_switches` (changes of a block's bits between consecutive steps,
+            summed) are those of the whole batch. `seconds`, of the whole batch: `total`, `policy` (deciding
+            the bits), `prompt_and_load`, `steps`, `decode`.
     """
 
     images: list[Image.Image]
@@ -55,6 +62,8 @@ class TextToImage:
         self._tokenizer = PromptTokenizer(bundle)
         self._text_encoder = _Component(bundle, bundle.manifest.text_encoder, backend)
         self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, backend)
+        policy = bundle.manifest.policy
+        self._policy = _Component(bundle, policy, backend) if policy else None
         self._lock = threading.Lock()
 
     @classmethod
@@ -83,8 +92,12 @@ class TextToImage:
         guidance: float = 4.0,
         bits: int | None = None,
         on_step: OnStep | None = None,
+        on_image: OnImage | None = None,
     ) -> Generation:
         """Generate one image for each prompt.
+
+        The policy of the bundle chooses the bits of each block and step, for a whole batch before its first
+        step. Without a policy all blocks run at ``bundle.bits()``.
 
         Args:
             prompt: One prompt or several.
@@ -92,8 +105,9 @@ class TextToImage:
             seed: Seed of the first image; image i uses ``seed + i``. Drawn at random if absent.
             latents: Initial noise instead of a seed, (N, C, H, W) float32 of unit variance.
             guidance: Classifier-free guidance scale.
-            bits: Activation bits of all blocks; the bundle's default if absent.
+            bits: Activation bits of all blocks at all steps, instead of the policy's choice.
             on_step: Progress callback.
+            on_image: Called as soon as an image is made.
 
         Raises:
             QlipError: No prompt, latents of another shape, or bits that are not in the bundle.
@@ -115,7 +129,7 @@ class TextToImage:
             noise = np.asarray(latents, dtype=np.float32)
             if noise.shape != shape:
                 raise QlipError("latents of the wrong shape", expected=str(shape), found=str(noise.shape))
-        pattern = self.chain.uniform(self.bundle.bits(bits))
+        self.bundle.bits(bits)  # refused before anything is loaded
         result = Generation([], [])
         size = self.bundle.manifest.shapes.batch_size
         steps = len(self.bundle.manifest.sampler.steps)
@@ -134,9 +148,10 @@ class TextToImage:
                     noise[start : start + size],
                     negative_prompt or "",
                     float(guidance),
-                    pattern,
+                    bits,
                     result,
                     report,
+                    on_image,
                 )
         return result
 
@@ -147,32 +162,31 @@ class TextToImage:
         noise: NDArray[np.float32],
         negative: str,
         guidance: float,
-        pattern: BitPattern,
+        bits: int | None,
         result: Generation,
         report: Callable[[int], None],
+        on_image: OnImage | None,
     ) -> None:
         started = time.perf_counter()
         count, size = len(prompts), self.bundle.manifest.shapes.batch_size
         padding = size - count  # the engines' batch is static: the last batch repeats its last prompt
         noise = np.concatenate([noise, np.repeat(noise[-1:], padding, axis=0)])
         tokens = self._tokenizer([negative] * size + prompts + prompts[-1:] * padding)
-        for text, cut in {
-            negative: tokens.cut[0],
-            **dict(zip(prompts, tokens.cut[size:], strict=False)),
-        }.items():
-            if cut:
-                result.warnings.append(
-                    f"the prompt is longer than the text encoder takes "
-                    f"({self.bundle.manifest.shapes.text_length} tokens); cut: {cut!r} (of {text[:40]!r}...)"
-                )
-        text_states = self._text_encoder(input_ids=tokens.ids)["text"]
-        self.chain.load([pattern])
-        self.chain.hold("text", text_states)
+        self._warn_of_cuts("negative prompt", [negative], tokens.cut[:1], result.warnings)
+        self._warn_of_cuts("prompt", prompts, tokens.cut[size : size + count], result.warnings)
+        encoded = self._text_encoder(input_ids=tokens.ids)
+        if self._policy is not None:
+            self._policy.load()
+        deciding = time.perf_counter()
+        qualities, patterns = self._decide(encoded["pooled"][size:], count, bits)
+        decided = time.perf_counter()
+        self.chain.load(dict.fromkeys(patterns))
+        self.chain.hold("text", encoded["text"])
         loaded = time.perf_counter()
         sampler = Sampler(self.bundle.manifest.sampler)
         sampler.start(noise)
         seconds: list[float] = []
-        while not sampler.done:
+        for pattern in patterns:
             before = time.perf_counter()
             latents = sampler.denoiser_input()
             prediction = self.chain.step(np.concatenate([latents, latents]), sampler.timestep, pattern)
@@ -188,36 +202,66 @@ class TextToImage:
             )
         images = to_images(pixels[:count])
         ended = time.perf_counter()
-        for prompt, seed, image in zip(prompts, seeds, images, strict=True):
+        for prompt, seed, q, image in zip(prompts, seeds, qualities, images, strict=True):
+            record = {
+                "prompt": prompt,
+                "negative_prompt": negative,
+                "seed": seed,
+                "guidance": guidance,
+                "q": q,
+                "fab": round(feature_average_bits(self.chain.blocks, patterns), 4),
+                "bits": [list(pattern) for pattern in patterns],
+                "blocks": [b.name for b in self.chain.blocks],
+                "engine_switches": engine_switches(patterns),
+                "seconds": {
+                    "total": round(ended - started, 4),
+                    "policy": round(decided - deciding, 6),
+                    "prompt_and_load": round(loaded - started, 4),
+                    "steps": [round(s, 5) for s in seconds],
+                    "decode": round(ended - decoding, 4),
+                },
+            }
             result.images.append(image)
-            result.records.append(
-                {
-                    "prompt": prompt,
-                    "negative_prompt": negative,
-                    "seed": seed,
-                    "guidance": guidance,
-                    "fab": feature_average_bits(self.bundle, [pattern] * len(seconds)),
-                    "bits": [list(pattern)] * len(seconds),
-                    "blocks": [b.name for b in self.chain.blocks],
-                    "seconds": {
-                        "total": round(ended - started, 4),
-                        "prompt_and_load": round(loaded - started, 4),
-                        "steps": [round(s, 5) for s in seconds],
-                        "decode": round(ended - decoding, 4),
-                    },
-                }
+            result.records.append(record)
+            if on_image is not None:
+                on_image(image, record)
+
+    def _decide(
+        self, pooled: NDArray[np.float32], count: int, bits: int | None
+    ) -> tuple[list[float | None], list[BitPattern]]:
+        """Return q of each of the first ``count`` prompts, none where ``bits`` are forced, and the schedule.
+
+        ``pooled`` (N, C_clip) holds the embeddings of the whole batch; what pads it has no say.
+        """
+        policy = self.bundle.manifest.policy
+        if bits is not None or policy is None or self._policy is None:
+            uniform = self.chain.uniform(self.bundle.bits(bits))
+            return [None] * count, [uniform] * len(self.bundle.manifest.sampler.steps)
+        qualities = [float(q) for q in self._policy(pooled=pooled)["quality"][:count]]
+        return [*qualities], schedule(policy.table, self.chain.blocks, qualities)
+
+    def _warn_of_cuts(
+        self, what: str, texts: Sequence[str], cuts: Sequence[str], warnings: list[str]
+    ) -> None:
+        for text, cut in zip(texts, cuts, strict=True):
+            warning = (
+                f"the {what} is longer than the text encoder takes "
+                f"({self.bundle.manifest.shapes.text_length} tokens); cut: {cut!r} (of {text[:40]!r}...)"
             )
+            if cut and warning not in warnings:
+                warnings.append(warning)
 
 
 class _Component:
-    """Text encoder or VAE decoder: one engine, loaded at its first call."""
+    """Text encoder, VAE decoder or policy: one engine, loaded at its first call."""
 
     def __init__(self, bundle: Bundle, entry: ComponentEntry, backend: Backend) -> None:
         self._bundle, self._entry, self._backend = bundle, entry, backend
         self._buffers: dict[str, Buffer] = {}
         self._engine: Any = None
 
-    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+    def load(self) -> EngineEntry:
+        """Load the engine, unless it is loaded, and return its entry."""
         entry = self._entry.engine
         if entry is None:
             raise QlipError(
@@ -228,6 +272,10 @@ class _Component:
             for port in (*entry.inputs, *entry.outputs):
                 self._buffers[port.name] = self._backend.allocate(port.shape, port.dtype)
                 self._engine.bind(port.name, self._buffers[port.name])
+        return entry
+
+    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+        entry = self.load()
         for name, array in inputs.items():
             self._backend.write(self._buffers[name], array)
         self._engine.run()
@@ -243,9 +291,3 @@ def to_images(pixels: NDArray[np.float32]) -> list[Image.Image]:
     """Return (N, 3, H, W) in [-1, 1] as PIL images."""
     levels = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     return [Image.fromarray(image) for image in levels]
-
-
-def feature_average_bits(bundle: Bundle, patterns: Sequence[BitPattern]) -> float:
-    """Return FAB: the mean activation bits over quantized layers and steps (QLIP, metrics)."""
-    counts = np.array([sum(layer.quantized for layer in block.layers) for block in bundle.manifest.blocks])
-    return round(float((np.array(patterns) @ counts).mean() / counts.sum()), 4)
