@@ -13,7 +13,7 @@ import typer
 from qlip_export.errors import QlipError
 
 if TYPE_CHECKING:
-    from qlip_export.runtime import Generation
+    from PIL.Image import Image
 
 app = typer.Typer(
     name="qlip-export",
@@ -119,7 +119,11 @@ def generate(
     bundle: BundleArgument,
     prompt: Annotated[list[str], typer.Argument(help="One prompt or several.", show_default=False)],
     bits: Annotated[
-        int | None, typer.Option(help="Activation bits.", show_default="largest up to 16")
+        int | None,
+        typer.Option(
+            help="Activation bits of all blocks and steps.",
+            show_default="by the bundle's policy; without one, the largest up to 16",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed; image i uses SEED + i.", show_default="random")
@@ -136,9 +140,11 @@ def generate(
         ),
     ] = None,
     threads: ThreadsOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Draw the bits of each block and step.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make images from prompts."""
+    """Make images from prompts, at the bits that each prompt needs."""
+    from qlip_export.display import print_schedules
     from qlip_export.progress import Silent, progress_for_terminal
     from qlip_export.runtime import TextToImage
 
@@ -149,8 +155,15 @@ def generate(
     pipeline = TextToImage.load(bundle, threads=threads)
     pipeline.bundle.bits(bits)
     files = _image_paths(out, len(prompt))
+    manifest = pipeline.bundle.manifest
+    batches = -(-len(prompt) // manifest.shapes.batch_size)
+    names = iter(files)
+
+    def save(image: Image, record: dict[str, Any]) -> None:
+        record["file"] = _save_image(image, next(names))
+
     with progress_for_terminal() if sys.stderr.isatty() else Silent() as progress:
-        progress.stage("sample", len(pipeline.bundle.manifest.sampler.steps) * len(prompt))
+        progress.stage("sample", len(manifest.sampler.steps) * batches)
         result = pipeline(
             prompt,
             seed=seed,
@@ -158,17 +171,20 @@ def generate(
             negative_prompt=negative_prompt,
             bits=bits,
             on_step=lambda done, total: progress.item(f"step {done} of {total}"),
+            on_image=save,
         )
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    _save_images(result, files)
+    if explain:
+        print_schedules(pipeline.bundle, result.records, stderr=as_json)
     if as_json:
         print(json.dumps(result.as_dict()))
         return
     for record in result.records:
         seconds = record["seconds"]
+        quality = "" if record["q"] is None else f"q {record['q']:.3f}, "
         print(
-            f"{record['file']}  seed {record['seed']}, {record['fab']:.2f} bits on average, "
+            f"{record['file']}  seed {record['seed']}, {quality}{record['fab']:.2f} bits on average, "
             f"{seconds['total']:.2f} s ({1000 * sum(seconds['steps']) / len(seconds['steps']):.0f} ms a step)"
         )
 
@@ -276,7 +292,12 @@ def quickstart(
 def main() -> NoReturn:
     """Run the command line; errors that the user can mend are printed without a traceback."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        error.show()
+        if "--json" in sys.argv:
+            print(json.dumps({"error": QlipError(error.format_message(), fix="see --help").as_dict()}))
+        sys.exit(2)
     except ModuleNotFoundError as error:
         # Whoever only runs bundles has installed neither torch nor the ONNX tools.
         package = (error.name or "").split(".")[0]
@@ -290,8 +311,10 @@ def main() -> NoReturn:
         )
     except QlipError as error:
         _fail(error)
-    sys.exit(0)
 
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Wrong arguments, as click tells them; newer versions of typer carry a click of their own."""
 
 _EXPORT_PACKAGES = (
     "torch",
@@ -351,13 +374,12 @@ def _image_paths(out: Path | None, count: int) -> list[Path]:
     return files
 
 
-def _save_images(result: Generation, files: list[Path]) -> None:
+def _save_image(image: Image, file: Path) -> str:
     from qlip_export.files import written_aside
 
-    for image, record, file in zip(result.images, result.records, files, strict=True):
-        with written_aside(file) as aside:
-            image.save(aside, format={"png": "PNG", "webp": "WEBP"}.get(file.suffix[1:].lower(), "JPEG"))
-        record["file"] = str(file)
+    with written_aside(file) as aside:
+        image.save(aside, format={"png": "PNG", "webp": "WEBP"}.get(file.suffix[1:].lower(), "JPEG"))
+    return str(file)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from qlip_export.bundle import Bundle
+from qlip_export.bundle import BlockEntry, Bundle
 from qlip_export.spec import variant_name
 
 if TYPE_CHECKING:
     from qlip_export.validate import ValidationReport
+
+Record = dict[str, Any]
+_CELL = 3
+"""Columns of a step: two digits and a space."""
+_COLOURS = ("black on green", "black on cyan", "black on yellow", "white on red")
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -47,6 +55,66 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(
         ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
     )
+
+
+def print_schedules(bundle: Bundle, records: Sequence[Record], *, stderr: bool = False) -> None:
+    """Draw the bits of every block (a row) at every step (a column) of the runs that made ``records``.
+
+    Images of one schedule share a map. A map that is too wide for the terminal continues below itself.
+    """
+    console = Console(highlight=False, markup=False, stderr=stderr)
+    policy = bundle.manifest.policy
+    options = sorted({bits for record in records for row in record["bits"] for bits in row})
+    options = sorted({*options, *(policy.table.options if policy else ())})
+    for _, group in groupby(records, key=lambda record: record["bits"]):
+        images = list(group)
+        console.print()
+        for record in images:
+            quality = "bits forced" if record["q"] is None else f"q {record['q']:.4f}"
+            console.print(Text.assemble((record["prompt"], "bold"), f"  {quality}"), overflow="ellipsis")
+        record = images[0]
+        _draw_map(console, bundle.manifest.blocks, record["bits"], options)
+        legend = Text()
+        for bits in options:
+            legend.append(f"{bits:>2} ", _colour(bits, options)).append(" ")
+        legend.append(f" bits     FAB {record['fab']:.2f}     {record['engine_switches']} engine switches")
+        console.print(legend)
+    console.print()
+
+
+def _draw_map(
+    console: Console, blocks: Sequence[BlockEntry], bits: Sequence[Sequence[int]], options: Sequence[int]
+) -> None:
+    layers = [sum(layer.quantized for layer in block.layers) for block in blocks]
+    margin = max(len(block.name) for block in blocks) + 1
+    room = max(1, (console.width - margin - len("  mean")) // _CELL)
+    parts = -(-len(bits) // room)
+    size = -(-len(bits) // parts)
+    for start in range(0, len(bits), size):
+        part = bits[start : start + size]
+        last = start + size >= len(bits)
+        steps = range(start + 1, start + 1 + len(part))
+        numbers = [f"{step:>2} " if step in (1, steps[0]) or step % 5 == 0 else "   " for step in steps]
+        console.print(Text("step".ljust(margin) + "".join(numbers) + ("  mean" if last else ""), "dim"))
+        for i, block in enumerate(blocks):
+            line = Text(block.name.ljust(margin))
+            for row in part:
+                if layers[i]:
+                    line.append(f"{row[i]:>2} ", _colour(row[i], options))
+                else:
+                    line.append(" · ", "dim")
+            if last and layers[i]:
+                line.append(f"{sum(row[i] for row in bits) / len(bits):6.1f}")
+            console.print(line, no_wrap=True)
+    if not all(layers):
+        idle = ", ".join(block.name for block, count in zip(blocks, layers, strict=True) if not count)
+        console.print(Text(f"· {idle}: no layer follows the bit options", "dim"))
+
+
+def _colour(bits: int, options: Sequence[int]) -> str:
+    """Return the style of ``bits``: from green for the lowest option to red for the highest."""
+    rank = options.index(bits)
+    return _COLOURS[round(rank * (len(_COLOURS) - 1) / max(1, len(options) - 1))]
 
 
 def print_validation(report: ValidationReport) -> None:
