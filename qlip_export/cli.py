@@ -190,16 +190,27 @@ def generate(
 
 
 @app.command()
-def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
-    """Show what a bundle holds: blocks, variants, layers, precisions, sizes."""
+def inspect(
+    bundle: BundleArgument,
+    memory: Annotated[bool, typer.Option("--memory", help="Account for every byte instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a bundle holds: blocks, variants, layers, precisions, policy, sizes."""
     from qlip_export.bundle import Bundle
-    from qlip_export.display import print_bundle
+    from qlip_export.display import print_bundle, print_memory
+    from qlip_export.memory import account
 
     opened = Bundle.open(bundle)
-    if as_json:
+    if memory:
+        rows = account(opened.manifest)
+        if as_json:
+            print(json.dumps({"memory": [row.model_dump() for row in rows]}))
+        else:
+            print_memory(rows)
+    elif as_json:
         print(opened.manifest.model_dump_json())
-        return
-    print_bundle(opened)
+    else:
+        print_bundle(opened)
 
 
 @app.command()

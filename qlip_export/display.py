@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlip_export.bundle import BlockEntry, Bundle
+from qlip_export.bundle import BlockEntry, Bundle, PolicyEntry
+from qlip_export.memory import MemoryRow, kibibytes, mebibytes
 from qlip_export.spec import variant_name
 
 if TYPE_CHECKING:
@@ -52,9 +53,46 @@ def print_bundle(bundle: Bundle) -> None:
         macs = sum(layer.macs for layer in block.layers)
         table.add_row(block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells)
     console.print(table)
+    console.print(_policy_text(manifest.policy))
     console.print(
         ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
     )
+
+
+def _policy_text(policy: PolicyEntry | None) -> str:
+    if policy is None:
+        return "no policy: every run is at uniform bits"
+    table = policy.table
+    choices = [choice for row in table.choices for choice in row]
+    changes = sorted(q for choice in choices for q in choice.thresholds)
+    steady = sum(not choice.thresholds for choice in choices)
+    between = f"{changes[0]:.3f} and {changes[-1]:.3f}" if changes else "nowhere"
+    return (
+        f"policy {policy.name}: {policy.criterion} chooses {'/'.join(map(str, table.options))} bits for each "
+        f"of {len(table.units)} {policy.unit}s, cost {policy.cost}\n"
+        f"  {len(table.group_of_step)} steps in {len(table.choices)} groups, the first {table.forced_steps} "
+        f"at p_q = 1; {policy.fab:.2f} bits on average over training prompts\n"
+        f"  T2Q on held-out prompts: SROCC {policy.srocc:.3f}, PLCC {policy.plcc:.3f}\n"
+        f"  {len(changes)} thresholds, between q = {between}; "
+        f"{steady} of {len(choices)} choices do not depend on q"
+    )
+
+
+def print_memory(rows: Sequence[MemoryRow]) -> None:
+    """Print an account of bytes on stdout."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = Table("", "part", "size", "what it is")
+    table.columns[2].justify = "right"
+    for group, inside in groupby(rows, key=lambda row: row.group):
+        for i, row in enumerate(inside):
+            table.add_row("" if i else group, row.part, _size(row.bytes), row.note)
+        table.add_section()
+    console.print(table)
+    console.print("KB and MB are 2**10 and 2**20 bytes, as in the paper's section F")
+
+
+def _size(size: int) -> str:
+    return f"{mebibytes(size):.2f} MB" if size >= 2**20 / 10 else f"{kibibytes(size):.1f} KB"
 
 
 def print_schedules(bundle: Bundle, records: Sequence[Record], *, stderr: bool = False) -> None:

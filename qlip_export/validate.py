@@ -138,7 +138,7 @@ def _record(
 
     pipeline.chain.step = recording  # type: ignore[method-assign]
     try:
-        pipeline(prompt, seed=seed)
+        pipeline(prompt, seed=seed, bits=pipeline.bundle.bits())
     except NotFiniteError:
         pass  # an engine overflows; the activations up to here are enough to find out which
     finally:
