@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -111,15 +112,16 @@ class QualityToBits(nn.Module):
 
     @torch.no_grad()
     def table(self, units: Sequence[str], group_of_step: Sequence[int], forced_steps: int) -> DecisionTable:
-        """Compile the learned values into a decision table.
+        """Compile the learned values into a decision table; what decides is `forward` in float64.
 
         Args:
             units: Names of the K units.
             group_of_step: Timestep group of every sampling step.
             forced_steps: Number of first steps at which p_q is 1.
         """
-        lines: NDArray[np.float64] = self.lines().double().cpu().numpy()
-        slope, offset = self.slope.double().cpu().numpy(), self.offset.double().cpu().numpy()
+        exact = copy.deepcopy(self).double().cpu()
+        lines: NDArray[np.float64] = exact.lines().numpy()
+        slope, offset = exact.slope.numpy(), exact.offset.numpy()
         groups = max(group_of_step) + 1
         choices: list[tuple[UnitChoice, ...]] = []
         for group in range(groups):
