@@ -59,6 +59,7 @@ def measure_ranges(
     scheduler: str = "dpmsolver++",
     guidance: float = 4.0,
     seed: int = 0,
+    device: str = "cpu",
     on_step: Callable[[], None] = lambda: None,
 ) -> Ranges:
     """Measure the input range of every quantized layer over whole sampling runs.
@@ -72,12 +73,13 @@ def measure_ranges(
         scheduler: Name of the scheduler.
         guidance: Classifier-free guidance scale.
         seed: Seed of the first run's noise.
+        device: ``cpu`` or ``cuda``.
         on_step: Called after each denoiser step, ``len(prompts) * steps`` times or a few more (PNDM).
 
     Raises:
         QlipError: An activation is not finite.
     """
-    pipeline = load_pipeline(checkpoint)
+    pipeline = load_pipeline(checkpoint).to(device)
     pipeline.scheduler = scheduler_from_config(scheduler, dict(pipeline.scheduler.config))
     family = denoiser_family(checkpoint)
     denoiser = getattr(pipeline, family.denoiser_folder)

@@ -35,6 +35,9 @@ class QualityRecipe(Frozen):
     criterion: Criterion
     prompts: int = Field(description="labelled prompts, one image each")
     prompts_sha256: str
+    reference: int | None = Field(
+        None, description="real images that GIQA's mixture was fitted to; else the labelled ones themselves"
+    )
     steps: int
     scheduler: str
     guidance: float
@@ -59,7 +62,7 @@ class PolicyRecipe(Frozen):
     parts: tuple[Part, ...]
     criterion: Criterion
     t2q_sha256: str = Field(description="of the T2Q network that predicted the qualities")
-    cost: str = Field(description="'bits', or 'latency on BACKEND'")
+    cost: Literal["bits", "latency"]
     steps: int = Field(ge=1, description="sampling steps of the training runs")
     groups: int = Field(ge=1, description="timestep groups G")
     forced_steps: int = Field(ge=0, description="first steps with p_q = 1")
@@ -128,9 +131,14 @@ class Policy:
         """Wrap what training made."""
         self.q2b, self.recipe = q2b, recipe
 
+    @staticmethod
+    def path(folder: Path, name: str) -> Path:
+        """Return where a calibration folder keeps policy ``name``."""
+        return folder / POLICIES / f"{name}.safetensors"
+
     def save(self, folder: Path, name: str) -> Path:
         """Write the parameters and the recipe as policy ``name``; return the parameters' path."""
-        path = folder / POLICIES / f"{name}.safetensors"
+        path = self.path(folder, name)
         _save(path, {n: t.detach().float().cpu() for n, t in self.q2b.state_dict().items()}, self.recipe)
         return path
 
@@ -141,7 +149,7 @@ class Policy:
         Raises:
             QlipError: Missing, truncated, or not a policy; the message lists those that are there.
         """
-        path = folder / POLICIES / f"{name}.safetensors"
+        path = cls.path(folder, name)
         if not path.is_file():
             raise QlipError(
                 f"{folder} holds no policy {name!r}",

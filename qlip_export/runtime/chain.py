@@ -7,8 +7,10 @@ to them once, when they are loaded; a step then only starts engines. Where neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,23 @@ class Chain:
         dtype = self._engine_entry(self.blocks[-1], pattern[-1]).outputs[0].dtype
         result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
         return result
+
+    def time_blocks(self, options: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
+        """Return the median seconds of every block at every bit option, on whatever its inputs hold.
+
+        The repeats are interleaved: what disturbs the machine for a while disturbs all of them.
+        """
+        self.load([self.uniform(bits) for bits in options])
+        names = [block.name for block in self.blocks]
+        seconds: dict[tuple[str, int], list[float]] = {(name, b): [] for name in names for b in options}
+        for repeat in range(repeats + 1):
+            for (name, bits), found in seconds.items():
+                engine = self._engines[name, bits]
+                before = time.perf_counter()
+                engine.run()
+                if repeat:  # the first warms up
+                    found.append(time.perf_counter() - before)
+        return {name: {bits: median(seconds[name, bits]) for bits in options} for name in names}
 
     def _engine_entry(self, block: Any, bits: int) -> EngineEntry:
         variant = block.variants.get(variant_name(bits))

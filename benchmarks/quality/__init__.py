@@ -1,0 +1,1 @@
+"""Image quality by activation bits: the numbers of docs/results.md."""

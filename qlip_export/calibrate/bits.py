@@ -1,0 +1,197 @@
+"""Q2B: learn at which quality each unit of the denoiser needs more bits, against the fake-quantized denoiser.
+
+Loss (QLIP, equation of section 3.3): the squared difference of full-precision and quantized prediction, plus
+lambda_bit times the cost of the chosen options. Only Q2B learns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qlip_export.calibrate.trajectories import Trajectories
+from qlip_export.policy.q2b import Part, QualityToBits
+from qlip_export.quant.fake import ChooseGrid
+from qlip_export.simulate import Simulator
+
+LEARNING_RATE = 0.05
+LAMBDA_BIT = 1e-3
+"""Weight of the cost where none is given, and where steering it to a FAB starts."""
+LAMBDA_RATE = 0.05
+"""How fast lambda_bit follows the FAB in an iteration, where it is steered to a target."""
+FORWARD_SCALE = 16.0
+"""FP16 gradients of the denoiser would lose their smallest values without it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What Q2B decides over, and how it is trained.
+
+    Attributes:
+        options: Bit options, increasing.
+        parts: Learned parts (figure S2).
+        units: Names of the K units.
+        unit_of_layer: Unit of every layer of the simulator, as an index.
+        costs: (K, options) float32: the cost of each choice.
+        groups: Timestep groups G.
+        forced_steps: First steps with p_q = 1.
+        lambda_bit: Weight of the cost; steered if ``target_fab`` is given.
+        target_fab: Mean bits over layers and steps to aim for.
+        iterations: Steps of Adam.
+        batch: Prompts and timesteps of a step.
+        seed: Of the batches.
+    """
+
+    options: tuple[int, ...]
+    parts: frozenset[Part]
+    units: tuple[str, ...]
+    unit_of_layer: tuple[int, ...]
+    costs: Tensor
+    groups: int
+    forced_steps: int
+    lambda_bit: float | None
+    target_fab: float | None
+    iterations: int
+    batch: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained Q2B.
+
+    Attributes:
+        q2b: On the CPU.
+        lambda_bit: At the end.
+        fab: Mean bits over layers, steps and the training prompts.
+        error: Mean squared error of the guided prediction over the last tenth of training.
+    """
+
+    q2b: QualityToBits
+    lambda_bit: float
+    fab: float
+    error: float
+
+
+def bit_costs(options: Sequence[int], unit_of_layer: Sequence[int], units: int) -> Tensor:
+    """Return the paper's cost of each choice, (K, options): its bits for each layer; the lowest is free."""
+    layers = torch.bincount(torch.tensor(unit_of_layer), minlength=units).float()
+    bits = torch.tensor([0.0, *map(float, options[1:])])
+    return layers[:, None] * bits
+
+
+def train_q2b(
+    simulator: Simulator,
+    trajectories: Trajectories,
+    qualities: Tensor,
+    plan: Plan,
+    on_iteration: Callable[[float, float], None] = lambda *_: None,
+) -> Learned:
+    """Train Q2B.
+
+    Args:
+        simulator: With the quantized weights and the activation ranges.
+        trajectories: Of the full-precision model.
+        qualities: (P,) float32 q of the trajectories' prompts.
+        plan: See `Plan`.
+        on_iteration: Gets FAB and error of each iteration.
+
+    Raises:
+        QlipError: Options or parts that do not fit, or a missing activation range.
+    """
+    device = simulator.device
+    q2b = QualityToBits(plan.options, len(plan.units), plan.groups, plan.parts).to(device)
+    grids = simulator.quantizer.grids(simulator.layers, plan.options).to(device)
+    costs, unit_of_layer = plan.costs.to(device), torch.tensor(plan.unit_of_layer, device=device)
+    bits = torch.tensor(plan.options, dtype=torch.float32, device=device)
+    qualities = qualities.to(device)
+    prompts, steps = trajectories.inputs.shape[:2]
+    generator = torch.Generator(device=device).manual_seed(plan.seed)
+    optimizer = torch.optim.Adam(q2b.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.iterations, LEARNING_RATE / 10)
+    weight = LAMBDA_BIT if plan.lambda_bit is None else plan.lambda_bit
+    errors: list[float] = []
+    smooth: float | None = None
+    # One timestep from each of `batch` equal parts of the run: all groups learn in every iteration.
+    parts = torch.arange(plan.batch, device=device)
+    for _ in range(plan.iterations):
+        prompt = torch.randint(prompts, (plan.batch,), generator=generator, device=device)
+        offset = torch.rand(plan.batch, generator=generator, device=device)
+        step = ((parts + offset) / plan.batch * steps).long().clamp(max=steps - 1)
+        choice, probability = q2b(qualities[prompt], step * plan.groups // steps, step < plan.forced_steps)
+        _choose(simulator, choice, unit_of_layer, grids)
+        prediction = simulator.guided(
+            trajectories.inputs[prompt, step],
+            trajectories.timesteps[step],
+            trajectories.both_states(prompt),
+            trajectories.guidance,
+        )
+        wanted = trajectories.predictions[prompt, step].float()
+        error = (prediction - wanted).square().flatten(1)
+        cost = (probability * costs).sum((1, 2)).mean()
+        optimizer.zero_grad()
+        (FORWARD_SCALE * (error.sum(1).mean() + weight * cost)).backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            fab = float((choice.detach()[:, unit_of_layer] @ bits).mean())
+            errors.append(float(error.mean()))
+        smooth = fab if smooth is None else 0.9 * smooth + 0.1 * fab
+        if plan.target_fab is not None:
+            weight *= math.exp(LAMBDA_RATE * max(-4.0, min(4.0, 10 * (smooth / plan.target_fab - 1))))
+        on_iteration(fab, errors[-1])
+    simulator.quantizer.set_functions({})
+    q2b, qualities = q2b.cpu(), qualities.cpu()
+    if plan.target_fab is not None:
+        shift_to(q2b, plan, qualities, steps)
+    last = errors[-max(1, len(errors) // 10) :]
+    return Learned(q2b, weight, mean_bits(q2b, plan, qualities, steps), sum(last) / len(last))
+
+
+@torch.no_grad()
+def shift_to(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> None:
+    """Shift all offsets by one number so that FAB meets its target, if any shift does: FAB grows with it."""
+    assert plan.target_fab is not None
+    start = q2b.offset.clone()
+    low, high = -8.0, 8.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        q2b.offset.copy_(start + middle)
+        if mean_bits(q2b, plan, qualities, steps) > plan.target_fab:
+            high = middle
+        else:
+            low = middle
+    q2b.offset.copy_(start + low)
+
+
+@torch.no_grad()
+def mean_bits(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> float:
+    """Return FAB over prompts, steps and layers."""
+    bits = torch.tensor(plan.options, dtype=torch.float32)
+    unit_of_layer = torch.tensor(plan.unit_of_layer)
+    total = 0.0
+    for step in range(steps):
+        choice, _ = q2b(qualities, step * plan.groups // steps, step < plan.forced_steps)
+        total += float((choice @ bits)[:, unit_of_layer].mean())
+    return total / steps
+
+
+def _choose(simulator: Simulator, choice: Tensor, unit_of_layer: Tensor, grids: Tensor) -> None:
+    """Let every layer round its input to the grid that its unit chose; ``choice`` is (N, K, options)."""
+    both = torch.cat([choice, choice])
+    simulator.quantizer.set_functions(
+        {
+            name: partial(_apply, weights=both[:, unit], grids=grid)
+            for name, unit, grid in zip(simulator.layers, unit_of_layer.tolist(), grids, strict=True)
+        }
+    )
+
+
+def _apply(x: Tensor, weights: Tensor, grids: Tensor) -> Tensor:
+    chosen: Tensor = ChooseGrid.apply(x, weights, grids)
+    return chosen

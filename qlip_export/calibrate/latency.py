@@ -1,0 +1,107 @@
+"""What a choice of bits costs in time: each unit at each option, measured on the engines of a bundle."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from qlip_export.errors import QlipError
+from qlip_export.files import written_aside
+from qlip_export.spec import Frozen
+
+REPEATS = 15
+
+
+class Latencies(Frozen):
+    """Milliseconds of every block at every bit option, and where they were measured."""
+
+    backend: str
+    version: str
+    device: str
+    fingerprint: str = Field(description="of the denoiser")
+    batch_size: int
+    milliseconds: dict[str, dict[int, float]] = Field(description="block -> bits -> median of a call")
+
+
+def measure_latencies(bundle: Path, path: Path) -> Latencies:
+    """Time every block of a bundle at every bit option, interleaved, and write the medians to ``path``.
+
+    Raises:
+        QlipError: No bundle, or one without engines.
+    """
+    from qlip_export.runtime import TextToImage
+
+    loaded = TextToImage.load(bundle)
+    manifest = loaded.bundle.manifest
+    assert manifest.backend is not None
+    found = Latencies(
+        backend=manifest.backend.name,
+        version=manifest.backend.version,
+        device=manifest.backend.device,
+        fingerprint=manifest.model.fingerprint,
+        batch_size=manifest.shapes.batch_size,
+        milliseconds={
+            block: {bits: round(1000 * seconds, 4) for bits, seconds in times.items()}
+            for block, times in loaded.chain.time_blocks(manifest.bits, REPEATS).items()
+        },
+    )
+    with written_aside(path) as aside:
+        aside.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def latency_costs(
+    bundle: Path | None,
+    path: Path,
+    options: Sequence[int],
+    layers: Mapping[str, tuple[str, str, int]],
+    units: Sequence[str],
+) -> Tensor:
+    """Return the milliseconds of each unit at each option, (K, options) float32, above the cheapest one.
+
+    A layer gets the share of its block's time that it has of the block's multiply-accumulates.
+
+    Args:
+        bundle: Measured if given; its blocks must be those of the policy.
+        path: Where the times are kept; read if no bundle is given.
+        options: Bit options.
+        layers: By name: block, unit and multiply-accumulates.
+        units: Names of the K units.
+
+    Raises:
+        QlipError: No times, or none for a block or an option.
+    """
+    if bundle is not None:
+        times = measure_latencies(bundle, path)
+    else:
+        try:
+            times = Latencies.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            raise QlipError(
+                "the latency cost needs measured times",
+                expected=f"a bundle to measure, or {path} from an earlier run",
+                found=str(error).splitlines()[0],
+                fix="--bundle engines/emoji",
+            ) from error
+    macs_of_block: dict[str, int] = defaultdict(int)
+    for block, _, macs in layers.values():
+        macs_of_block[block] += macs
+    costs = torch.zeros(len(units), len(options))
+    for block, unit, macs in layers.values():
+        measured = times.milliseconds.get(block, {})
+        if missing := [b for b in options if b not in measured]:
+            raise QlipError(
+                f"no time of block {block} at {missing[0]} bits",
+                expected=f"{', '.join(map(str, options))} bits of every block",
+                found=f"{', '.join(map(str, measured)) or 'nothing'} for {block} in {path}",
+                fix="--bundle with a bundle built at these bits and with the same --blocks",
+            )
+        share = macs / macs_of_block[block]
+        cost = torch.tensor([measured[b] for b in options]) * share
+        costs[units.index(unit)] += cost
+    return costs - costs.min(dim=1, keepdim=True).values

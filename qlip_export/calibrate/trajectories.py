@@ -1,0 +1,96 @@
+"""Sampling runs of the full-precision model, kept for training: what the denoiser saw and what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlip_export.simulate import Simulator
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Guided runs over P prompts and S denoiser calls.
+
+    Attributes:
+        inputs: (P, S, C, H, W) float16, the denoiser's inputs.
+        predictions: (P, S, C, H, W) float16, the guided full-precision predictions.
+        timesteps: (S,) float32.
+        states: (P, length, width) float16, the prompts' text states.
+        empty: (1, length, width) float16, those of the empty prompt.
+        pooled: (P, C_clip) float32, what T2Q reads.
+        guidance: Classifier-free guidance scale.
+    """
+
+    inputs: Tensor
+    predictions: Tensor
+    timesteps: Tensor
+    states: Tensor
+    empty: Tensor
+    pooled: Tensor
+    guidance: float
+
+    def both_states(self, prompts: Tensor) -> Tensor:
+        """Return text states for classifier-free guidance, (2N, length, width), the empty half first."""
+        states = self.states[prompts]
+        return torch.cat([self.empty.expand_as(states), states])
+
+
+def record(
+    simulator: Simulator,
+    prompts: Sequence[str],
+    *,
+    guidance: float,
+    seed: int,
+    batch_size: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Trajectories:
+    """Sample every prompt once at full precision and keep all steps.
+
+    Args:
+        simulator: With the full-precision weights.
+        prompts: One run each.
+        guidance: Classifier-free guidance scale.
+        seed: Of the initial noise; prompt i uses ``seed + i``.
+        batch_size: Prompts at a time.
+        on_batch: Called after each batch.
+    """
+    encoded, empty = simulator.encode(prompts), simulator.encode([""]).states
+    inputs, predictions, timesteps = [], [], []
+    for start in range(0, len(prompts), batch_size):
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        part = encoded.states[start : start + batch_size]
+        noise = torch.from_numpy(
+            np.stack([initial_noise(seed + start + i, simulator.latents_shape) for i in range(len(part))])
+        )
+
+        def keep(
+            x: Tensor, timestep: Tensor, prediction: Tensor, seen: list[tuple[Tensor, ...]] = seen
+        ) -> None:
+            seen.append((x.half(), timestep.float(), prediction.half()))
+
+        simulator.sample(torch.cat([empty.expand_as(part), part]), noise, guidance, on_step=keep)
+        inputs.append(torch.stack([x for x, _, _ in seen], 1))
+        predictions.append(torch.stack([p for _, _, p in seen], 1))
+        timesteps = [t for _, t, _ in seen]
+        on_batch()
+    return Trajectories(
+        inputs=torch.cat(inputs),
+        predictions=torch.cat(predictions),
+        timesteps=torch.stack(timesteps),
+        states=encoded.states.half(),
+        empty=empty.half(),
+        pooled=encoded.pooled,
+        guidance=guidance,
+    )
+
+
+def initial_noise(
+    seed: int, shape: tuple[int, int, int]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Return unit-variance noise of one image, float32: what the run time starts from for the same seed."""
+    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32)

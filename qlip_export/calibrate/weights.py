@@ -1,0 +1,335 @@
+"""Learned rounding of weights, block by block: AdaRound as Q-Diffusion applies it to denoisers.
+
+A weight may be rounded down or up to its grid. Which of the two is learned so that the output of a block (a
+ResNet, a transformer block, or a single layer outside of these) stays what it is at full precision, on
+inputs sampled over prompts and timesteps. Blocks are visited in the order in which they run; the inputs of
+each come through the already quantized blocks before it (Nagel et al. 2020, equations 21-24; Li et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qlip_export.calibrate.trajectories import Trajectories
+from qlip_export.capture import denoiser_family
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.quant.rounding import floor_codes
+from qlip_export.quant.weights import WeightQuantizer, code_range, round_to_nearest
+from qlip_export.simulate import Simulator
+
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
+"""Classes reconstructed as a whole; all other layers are reconstructed one by one."""
+
+STRETCH = (-0.1, 1.1)
+"""The rectified sigmoid's range (AdaRound, equation 23): 0 and 1 are reached at finite values."""
+
+REGULARIZATION = 0.01
+WARM_UP = 0.2
+BETA = (20.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Learned rounding of all layers.
+
+    Attributes:
+        up: By layer, which weights go to the code above, shape of the weight.
+        scale: By layer, (C,) float32.
+        error_nearest: Mean over blocks of the squared output error of rounding to nearest, relative to the
+            output.
+        error_learned: The same with what was learned.
+        flipped: Share of weights that do not go to the nearest code.
+    """
+
+    up: dict[str, NDArray[np.bool_]]
+    scale: dict[str, NDArray[np.float32]]
+    error_nearest: float
+    error_learned: float
+    flipped: float
+
+
+def learn_rounding(
+    simulator: Simulator,
+    trajectories: Trajectories,
+    *,
+    bits: int,
+    samples: int,
+    iterations: int,
+    batch: int,
+    seed: int,
+    on_block: Callable[[str], None] = lambda _: None,
+) -> Rounded:
+    """Learn the rounding of every Conv2d and Linear of the denoiser.
+
+    Args:
+        simulator: With the full-precision weights; it is left with the quantized ones.
+        trajectories: Where block inputs are sampled.
+        bits: Weight bits.
+        samples: Denoiser inputs to sample, half of them with the empty prompt.
+        iterations: Steps of Adam for each block.
+        batch: Samples of a step.
+        seed: Of the choice of samples and batches.
+        on_block: Called with the name of each block before it is learned.
+    """
+    import copy
+
+    torch.manual_seed(seed)
+    original = simulator.denoiser
+    # Learning needs FP32; the quantized copy is the one whose weights change.
+    reference = copy.deepcopy(original).float()
+    quantized = copy.deepcopy(reference)
+    model_inputs = _sample_inputs(trajectories, samples)
+    layers = {n: m for n, m in quantized.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    names = {id(m): n for n, m in layers.items()}
+    up: dict[str, NDArray[np.bool_]] = {}
+    scale: dict[str, NDArray[np.float32]] = {}
+    errors: list[tuple[float, float]] = []
+    flipped = 0
+    for name in blocks_of(quantized):
+        on_block(name)
+        block = quantized.get_submodule(name)
+        targets = _collect(reference, name, model_inputs, batch, outputs=True)
+        inputs = _collect(quantized, name, model_inputs, batch, outputs=False)
+        inside = {f"{n}.weight" if n else "weight": m for n, m in block.named_modules() if id(m) in names}
+        learned = {key: _Rounding(names[id(m)], m.weight.data, bits) for key, m in inside.items()}
+        nearest = _error(block, {k: r.nearest() for k, r in learned.items()}, inputs, targets, batch)
+        _learn(block, learned, inputs, targets, iterations, batch)
+        after = _error(block, {k: r.hard() for k, r in learned.items()}, inputs, targets, batch)
+        errors.append((nearest, after))
+        for key, module in inside.items():
+            rounding, layer = learned[key], names[id(module)]
+            module.weight.data.copy_(rounding.hard())
+            up[layer], scale[layer] = rounding.up().cpu().numpy(), rounding.scale_array
+            flipped += int((rounding.up() != rounding.nearest_up()).sum())
+    original.load_state_dict(quantized.state_dict())
+    total = sum(a.size for a in up.values())
+    return Rounded(
+        up=up,
+        scale=scale,
+        error_nearest=float(np.mean([before for before, _ in errors])),
+        error_learned=float(np.mean([after for _, after in errors])),
+        flipped=flipped / total,
+    )
+
+
+def quantized_weights(
+    checkpoint: Checkpoint, layers: Sequence[str], quantize: WeightQuantizer, bits: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return the weights of ``layers`` on their grid, float32, by parameter name."""
+    component = checkpoint.component(denoiser_family(checkpoint).denoiser_folder)
+    return {
+        f"{name}.weight": quantize(
+            name, component.get(f"{name}.weight").astype(np.float32), bits, 0
+        ).dequantize()
+        for name in layers
+    }
+
+
+def blocks_of(denoiser: nn.Module) -> list[str]:
+    """Return the names of the blocks to reconstruct, in the order in which they run."""
+    found: list[str] = []
+    for name, module in denoiser.named_modules():
+        if any(name.startswith(f"{block}.") for block in found):
+            continue
+        if type(module).__name__ in BLOCKS or isinstance(module, (nn.Conv2d, nn.Linear)):
+            found.append(name)
+    order: list[str] = []
+    handles = [
+        denoiser.get_submodule(name).register_forward_pre_hook(lambda _m, _a, name=name: order.append(name))
+        for name in found
+    ]
+    config: Any = denoiser.config
+    parameter = next(denoiser.parameters())
+    with torch.no_grad():
+        denoiser(
+            parameter.new_zeros(1, config.in_channels, config.sample_size, config.sample_size),
+            parameter.new_zeros(1),
+            parameter.new_zeros(1, 1, config.cross_attention_dim),
+        )
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+class _Rounding(nn.Module):
+    """The rounding of one weight: V of AdaRound, its soft and its hard form."""
+
+    def __init__(self, name: str, weight: Tensor, bits: int) -> None:
+        super().__init__()
+        array = weight.float().cpu().numpy()
+        self.scale_array = round_to_nearest(name, array, bits, 0).scale
+        shape = (-1, *[1] * (weight.ndim - 1))
+        self.scale = torch.from_numpy(self.scale_array).to(weight.device).view(shape)
+        self.floor = torch.from_numpy(floor_codes(array, self.scale_array)).to(weight.device)
+        self.low, self.high = code_range(bits)
+        self.rest = (weight.float() / self.scale - self.floor).clamp(0, 1)
+        low, high = STRETCH
+        inside = ((self.rest - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
+        self.logit = nn.Parameter(torch.log(inside / (1 - inside)))
+
+    def share(self) -> Tensor:
+        """Return h(V) in [0, 1], how far up each weight goes (equation 23)."""
+        low, high = STRETCH
+        return (torch.sigmoid(self.logit) * (high - low) + low).clamp(0, 1)
+
+    def weight(self, up: Tensor) -> Tensor:
+        return torch.clamp(self.floor + up, self.low, self.high) * self.scale
+
+    def up(self) -> Tensor:
+        return self.logit.detach() >= 0
+
+    def nearest_up(self) -> Tensor:
+        return self.rest >= 0.5
+
+    def hard(self) -> Tensor:
+        return self.weight(self.up().float())
+
+    def nearest(self) -> Tensor:
+        return self.weight(self.nearest_up().float())
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Tensor arguments of many calls of a block, stacked, and how to put one together."""
+
+    tensors: list[Tensor]
+    rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _sample_inputs(trajectories: Trajectories, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents, timesteps and states of ``samples`` denoiser inputs spread over prompts and steps."""
+    prompts, steps = trajectories.inputs.shape[:2]
+    device = trajectories.inputs.device
+    number = torch.arange(samples, device=device)
+    # Every step equally often; prompts at random.
+    step, prompt = number % steps, torch.randint(prompts, (samples,), device=device)
+    states = trajectories.states[prompt]
+    states = torch.where((number % 2 == 0).view(-1, 1, 1), trajectories.empty, states)
+    return trajectories.inputs[prompt, step], trajectories.timesteps[step], states
+
+
+def _batches(count: int, batch: int) -> Iterator[slice]:
+    return (slice(start, start + batch) for start in range(0, count, batch))
+
+
+class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error
+    pass
+
+
+@torch.no_grad()
+def _collect(
+    model: nn.Module, name: str, model_inputs: tuple[Tensor, Tensor, Tensor], batch: int, *, outputs: bool
+) -> Any:
+    """Run ``model`` over its inputs up to a block; return the block's stacked outputs, or its calls."""
+    found: list[Any] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    def after(_: nn.Module, args: Any, output: Tensor) -> None:
+        found.append(output.half())
+        raise _Reached
+
+    module = model.get_submodule(name)
+    handle = (
+        module.register_forward_hook(after)
+        if outputs
+        else module.register_forward_pre_hook(before, with_kwargs=True)
+    )
+    for part in _batches(len(model_inputs[0]), max(batch, 64)):
+        latents, timesteps, states = (t[part].float() for t in model_inputs)
+        try:
+            model(latents, timesteps, states, return_dict=False)
+        except _Reached:
+            continue
+    handle.remove()
+    if outputs:
+        return torch.cat(found)
+    args, kwargs = found[0]
+    # Calls of one block differ in their tensors alone; what is no tensor is taken from the first.
+    positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    keys = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
+    stacked = [torch.cat([call[0][i] for call in found]).half() for i in positions]
+    stacked += [torch.cat([call[1][k] for call in found]).half() for k in keys]
+
+    def rebuild(tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        filled = list(args)
+        for i, tensor in zip(positions, tensors, strict=False):
+            filled[i] = tensor
+        return tuple(filled), {**kwargs, **dict(zip(keys, tensors[len(positions) :], strict=True))}
+
+    return _Calls(stacked, rebuild)
+
+
+def _run(block: nn.Module, weights: dict[str, Tensor], calls: _Calls, index: Any) -> Tensor:
+    args, kwargs = calls.rebuild([t[index].float() for t in calls.tensors])
+    output: Tensor = torch.func.functional_call(block, weights, args, kwargs)
+    return output
+
+
+@torch.no_grad()
+def _error(block: nn.Module, weights: dict[str, Tensor], calls: _Calls, targets: Tensor, batch: int) -> float:
+    """Return the squared error of the block's outputs relative to their energy."""
+    error = energy = 0.0
+    for part in _batches(len(targets), max(batch, 64)):
+        wanted = targets[part].float()
+        error += float((_run(block, weights, calls, part) - wanted).square().sum())
+        energy += float(wanted.square().sum())
+    return error / max(energy, 1e-30)
+
+
+def _learn(
+    block: nn.Module,
+    learned: dict[str, _Rounding],
+    calls: _Calls,
+    targets: Tensor,
+    iterations: int,
+    batch: int,
+) -> None:
+    """Minimise reconstruction error and regularizer with Adam over random batches (equation 24)."""
+    device = targets.device
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.Adam([r.logit for r in learned.values()], lr=1e-2, capturable=cuda)
+    beta = torch.full((), BETA[0], device=device)
+    strength = torch.zeros((), device=device)
+
+    def step() -> None:
+        index = torch.randint(len(targets), (batch,), device=device)
+        shares = {key: rounding.share() for key, rounding in learned.items()}
+        output = _run(block, {k: learned[k].weight(h) for k, h in shares.items()}, calls, index)
+        # Summed over channels, as Q-Diffusion's code does: the regularizer's strength is tuned to that.
+        loss = (output - targets[index].float()).square().sum(1 if output.ndim == 4 else -1).mean()
+        regularizer = sum((1 - (2 * h - 1).abs().pow(beta)).sum() for h in shares.values())
+        optimizer.zero_grad(set_to_none=not cuda)
+        (loss + strength * regularizer).backward()
+        optimizer.step()
+
+    run = _graphed(step) if cuda else step
+    for iteration in range(iterations):
+        progress = iteration / iterations
+        if progress >= WARM_UP:
+            strength.fill_(REGULARIZATION)
+            beta.fill_(BETA[1] + (BETA[0] - BETA[1]) * (1 - (progress - WARM_UP) / (1 - WARM_UP)))
+        run()
+
+
+def _graphed(step: Callable[[], None]) -> Callable[[], None]:
+    """Record ``step`` as a CUDA graph: these blocks are small, and launching them would take longer."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return lambda: graph.replay()

@@ -1,0 +1,274 @@
+"""The pipeline in torch with a fake-quantized denoiser: what the engines compute, for many prompts at once.
+
+On a GPU the denoiser runs in FP16, so there 16 and 32 bits are the same; coarser grids are exact. On a CPU
+all is FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qlip_export.calibrate.ranges import load_pipeline
+from qlip_export.capture import denoiser_family
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
+from qlip_export.quant.fake import FakeQuantizer, round_rows
+from qlip_export.quant.ranges import RANGE_BITS, Ranges
+from qlip_export.sampler_probe import scheduler_from_config
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts after the text encoder.
+
+    Attributes:
+        states: (N, length, width) float32, what cross-attention reads.
+        pooled: (N, C_clip) float32, the state at the first end-of-text token, before projection.
+    """
+
+    states: Tensor
+    pooled: Tensor
+
+
+class Simulator:
+    """A text-to-image model whose denoiser runs at any activation bits for any prompt, step and layer.
+
+    Attributes:
+        layers: Names of the layers that follow the bit options, in module order.
+        all_layers: Names of all layers, those of fixed precision included.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        weights: Mapping[str, NDArray[np.float32]] | None = None,
+        ranges: Ranges | None = None,
+        scheduler: str = "dpmsolver++",
+        steps: int = 25,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            checkpoint: The full-precision model.
+            device: ``cpu`` or ``cuda``.
+            weights: Replacements of the denoiser's parameters by name, e.g. after quantization.
+            ranges: Activation ranges; without them only full precision runs.
+            scheduler: Name of the scheduler.
+            steps: Sampling steps of a run.
+
+        Raises:
+            QlipError: No such device here, or ranges of another model.
+        """
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise QlipError("there is no CUDA device here", expected="cpu", found=device, fix="--device cpu")
+        self.device = torch.device(device)
+        self.checkpoint, self.scheduler, self.steps = checkpoint, scheduler, steps
+        family = denoiser_family(checkpoint)
+        if ranges is not None:
+            ranges.check(checkpoint.component(family.denoiser_folder).fingerprint, set(), checkpoint.folder)
+        self.pipeline = load_pipeline(checkpoint)
+        self.pipeline.scheduler = scheduler_from_config(scheduler, dict(self.pipeline.scheduler.config))
+        self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser_folder)
+        self.set_weights(weights or {})
+        for part in (self.denoiser, self.pipeline.text_encoder, self.pipeline.vae):
+            part.requires_grad_(False).eval().to(self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+            self.denoiser.to(dtype=torch.float16, memory_format=torch.channels_last)
+        self.dtype = next(self.denoiser.parameters()).dtype
+        self.all_layers = tuple(
+            name
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+        )
+        self.layers = tuple(name for name in self.all_layers if family.quantizes(name))
+        thresholds = {b: ranges.thresholds(b) for b in RANGE_BITS} if ranges is not None else {}
+        self.quantizer = FakeQuantizer(self.denoiser, thresholds)
+
+    def set_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Replace parameters of the denoiser, by name."""
+        parameters = dict(self.denoiser.named_parameters())
+        for name, weight in weights.items():
+            parameters[name].data.copy_(torch.from_numpy(weight))
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        config: Any = self.denoiser.config
+        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+    @cached_property
+    def layer_macs(self) -> dict[str, int]:
+        """Multiply-accumulates of every Conv2d and Linear of the denoiser for one sample."""
+        macs: dict[str, int] = {}
+
+        def count(name: str, module: nn.Module, _: Any, output: Tensor) -> None:
+            assert isinstance(module, (nn.Conv2d, nn.Linear))
+            macs[name] = output.numel() * module.weight[0].numel()
+
+        handles = [
+            module.register_forward_hook(partial(count, name))
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+        ]
+        states = self.encode([""]).states
+        latents = torch.zeros(1, *self.latents_shape, device=self.device)
+        self.predict(latents, torch.zeros(1, device=self.device), states)
+        for handle in handles:
+            handle.remove()
+        return macs
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str], batch_size: int = 512) -> Encoded:
+        """Return the text states and pooled embeddings of ``prompts``."""
+        tokenizer = self.pipeline.tokenizer
+        states, pooled = [], []
+        for start in range(0, len(prompts), batch_size):
+            ids = tokenizer(
+                list(prompts[start : start + batch_size]),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self.device)
+            found = self.pipeline.text_encoder(ids).last_hidden_state.float()
+            ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+            states.append(found)
+            pooled.append(found[torch.arange(len(ids), device=self.device), ends])
+        return Encoded(torch.cat(states), torch.cat(pooled))
+
+    def pooled(self, prompts: Sequence[str]) -> Tensor:
+        """Return the pooled embeddings before projection, (N, C_clip) float32: what T2Q reads."""
+        return self.encode(prompts).pooled
+
+    @cached_property
+    def projection(self) -> Tensor:
+        """The text encoder's projection, (C, C_clip) float32: the first layer of T2Q.
+
+        Raises:
+            QlipError: The checkpoint has none.
+        """
+        found = self.checkpoint.component("text_encoder").get("text_projection.weight")
+        return torch.from_numpy(found.astype(np.float32)).to(self.device)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """Run the denoiser once.
+
+        Args:
+            latents: (N, C, H, W) any float dtype.
+            timesteps: (N,) or (1,).
+            states: (N, length, width).
+
+        Returns:
+            The prediction, (N, C, H, W) float32.
+        """
+        prediction: Tensor = self.denoiser(
+            latents.to(self.dtype, memory_format=torch.channels_last),
+            timesteps,
+            states.to(self.dtype),
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    def guided(self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: float) -> Tensor:
+        """Return the guided prediction for ``states`` (2N, ...), the empty prompt's half first."""
+        both = self.predict(
+            torch.cat([latents, latents]), timesteps.repeat(2) if len(timesteps) > 1 else timesteps, states
+        )
+        free, conditional = both.chunk(2)
+        return free + guidance * (conditional - free)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        states: Tensor,
+        latents: Tensor,
+        guidance: float,
+        bits: Tensor | None = None,
+        on_step: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
+    ) -> Tensor:
+        """Return denoised latents, (N, C, H, W) float32.
+
+        Args:
+            states: (2N, length, width), the empty prompt's half first.
+            latents: (N, C, H, W) float32 noise of unit variance.
+            guidance: Classifier-free guidance scale.
+            bits: (N, steps, layers) int64; full precision if absent.
+            on_step: Gets denoiser input, timestep and guided prediction of each step.
+        """
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(self.steps, device=self.device)
+        chosen = None if bits is None else self._chosen_grids(bits)
+        x = latents.to(self.device) * scheduler.init_noise_sigma
+        for index, timestep in enumerate(scheduler.timesteps):
+            if chosen is not None:
+                self._use(chosen[min(index, len(chosen) - 1)])
+            model_input = scheduler.scale_model_input(x, timestep)
+            prediction = self.guided(model_input, timestep[None], states, guidance)
+            on_step(model_input, timestep, prediction)
+            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+        self.quantizer.set_functions({})
+        return x
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of latents, (N, H, W, 3) uint8 on the CPU."""
+        vae = self.pipeline.vae
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        images: Tensor = levels.permute(0, 2, 3, 1).cpu()
+        return images
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        latents: NDArray[np.float32],
+        *,
+        guidance: float,
+        bits: Tensor | None = None,
+        batch_size: int = 64,
+    ) -> Iterator[Tensor]:
+        """Yield the images of ``prompts`` in order, (n, H, W, 3) uint8.
+
+        Args:
+            prompts: N prompts.
+            latents: (N, C, H, W) float32 noise of unit variance.
+            guidance: Classifier-free guidance scale.
+            bits: (N, steps, layers) int64, the activation bits of `layers`; full precision if absent.
+            batch_size: Images at a time. Float sums differ in their last digits with it, and rounding to a
+                coarse grid makes more of that: another batch size is another draw of quantization noise.
+
+        Raises:
+            QlipError: No range for one of the bits.
+        """
+        empty = self.encode([""]).states
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            states = self.encode(prompts[part]).states
+            both = torch.cat([empty.expand_as(states), states])
+            noise = torch.from_numpy(latents[part])
+            yield self.decode(self.sample(both, noise, guidance, None if bits is None else bits[part]))
+
+    def _chosen_grids(self, bits: Tensor) -> Tensor:
+        """Return the grid of each layer and sample, both halves, (steps, layers, 2N, 3)."""
+        options = sorted(int(b) for b in bits.unique())
+        grids = self.quantizer.grids(self.layers, options).to(self.device)
+        index = torch.searchsorted(torch.tensor(options), bits.cpu().contiguous()).to(self.device)
+        chosen = grids[torch.arange(len(self.layers), device=self.device), index]
+        return torch.cat([chosen, chosen]).permute(1, 2, 0, 3).contiguous()
+
+    def _use(self, grids: Tensor) -> None:
+        self.quantizer.set_functions(
+            {name: partial(round_rows, grids=grid) for name, grid in zip(self.layers, grids, strict=True)}
+        )
