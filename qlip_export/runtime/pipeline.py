@@ -175,7 +175,7 @@ class TextToImage:
         self._warn_of_cuts("negative prompt", [negative], tokens.cut[:1], result.warnings)
         self._warn_of_cuts("prompt", prompts, tokens.cut[size : size + count], result.warnings)
         encoded = self._text_encoder(input_ids=tokens.ids)
-        if self._policy is not None:
+        if bits is None and self._policy is not None:
             self._policy.load()
         deciding = time.perf_counter()
         qualities, patterns = self._decide(encoded["pooled"][size:], count, bits)
