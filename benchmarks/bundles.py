@@ -77,6 +77,8 @@ def build_bundle(of: Subject, granularity: str, out: Path) -> dict[str, Any]:
     command += ["--bits", ",".join(map(str, BITS)), "--backend", "openvino"]
     if (_calibration(of) / "ranges.json").is_file():
         command += ["--calibration", str(_calibration(of))]
+    if granularity != "coarse":
+        command += ["--policy", "none"]  # the model's policy decides over coarse blocks
     started = time.monotonic()
     output, peak = _run(command)
     report: dict[str, Any] = json.loads(output.strip().splitlines()[-1])

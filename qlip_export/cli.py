@@ -283,7 +283,7 @@ def quickstart(
         Path("engines")
     ),
 ) -> None:
-    """Build the embedded emoji model, draw a dozen prompts at each bit option, validate."""
+    """Build the embedded emoji model, draw a dozen prompts uniformly and adaptively, validate."""
     from qlip_export.display import print_validation
     from qlip_export.progress import progress_for_terminal
     from qlip_export.quickstart import quickstart as run
@@ -293,9 +293,9 @@ def quickstart(
     print_validation(report.validation)
     print(f"bundle:  {report.build.bundle} (built in {report.build.seconds:.0f} s)")
     print(f"images:  {report.sheet}")
-    for bits, seconds in report.seconds_per_image.items():
-        print(f"         {seconds:.2f} s an image at {bits} bits")
-    print(f'try:     qlip-export generate {report.build.bundle} "a rocket in noto style" --bits 8')
+    for setting, seconds in report.seconds_per_image.items():
+        print(f"         {seconds:.2f} s an image ({setting})")
+    print(f'try:     qlip-export generate {report.build.bundle} "a rocket in noto style" --explain')
     if not report.validation.passed:
         raise typer.Exit(1)
 

@@ -172,6 +172,10 @@ def print_validation(report: ValidationReport) -> None:
     console.print(
         "error: relative L2; 16 and 32 bits against the FP32 graph, INT8 against the quantized graph"
     )
+    if (policy := report.policy) is not None:
+        told = "not finite" if policy.q is None else f"q {policy.q:.4f}, {policy.error:.1e} from the graph's"
+        table_told = "" if policy.follows_table else "; the graph's bits are NOT the table's"
+        console.print(f"policy: {told} (at most {policy.tolerance:.0e}){table_told}")
     for image in report.images:
         found = "not finite" if image.psnr is None else f"{image.psnr:.1f} dB"
         wanted = f" (at least {image.least:.0f})" if image.least is not None else ""
@@ -179,6 +183,7 @@ def print_validation(report: ValidationReport) -> None:
     for note in report.notes:
         console.print(f"note: {note}")
     off = [f"{row.block} at {row.bits} bits" for row in report.rows if not row.passed]
+    off += ["the policy"] if policy is not None and not policy.passed else []
     off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
     images = "" if report.images else "; images were not compared"
     console.print(f"all engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}")

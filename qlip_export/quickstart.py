@@ -36,7 +36,7 @@ class QuickstartReport:
     build: BuildReport
     validation: ValidationReport
     sheet: Path
-    seconds_per_image: dict[int, float]
+    seconds_per_image: dict[str, float]
 
 
 def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
@@ -52,21 +52,24 @@ def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
     bundle = folder / "emoji"
     built = build(BuildOptions(model="emoji"), bundle, progress)
     pipeline = TextToImage.load(bundle)
-    options = pipeline.bundle.manifest.bits
+    manifest = pipeline.bundle.manifest
+    options: list[int | None] = [*manifest.bits, *([None] if manifest.policy else [])]
     progress.stage("sample", len(options) * len(PROMPTS))
     columns: list[tuple[str, list[Image.Image]]] = []
-    seconds: dict[int, float] = {}
+    seconds: dict[str, float] = {}
     for bits in options:
         records = []
         images = []
         for index, prompt in enumerate(PROMPTS):
-            progress.item(f"{prompt[:30]} at {bits} bits")
+            progress.item(f"{prompt[:30]} at {bits or 'its own'} bits")
             result = pipeline(prompt, seed=index, bits=bits)
             images += result.images
             records += result.records
         totals = sorted(r["seconds"]["total"] for r in records)
-        seconds[bits] = totals[len(totals) // 2]
-        columns.append((f"{bits} bits, {seconds[bits]:.1f} s", images))
+        average = sum(r["fab"] for r in records) / len(records)
+        title = f"{bits} bits" if bits else f"adaptive, {average:.1f} bits"
+        seconds[title] = totals[len(totals) // 2]
+        columns.append((f"{title}, {seconds[title]:.1f} s", images))
     sheet = folder / "quickstart.png"
     with explained_os_errors(sheet), written_aside(sheet) as aside:
         contact_sheet(list(PROMPTS), columns).save(aside, format="PNG")

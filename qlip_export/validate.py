@@ -22,10 +22,11 @@ from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.pipeline import seeded_noise
+from qlip_export.runtime.tokenizer import PromptTokenizer
 from qlip_export.spec import REFERENCE_BITS, Container, Frozen, container_of, variant_name
 from qlip_export.zoo import find_model
 
-Arrays = dict[str, NDArray[np.float32]]
+Arrays = dict[str, NDArray[Any]]
 
 LEAST_PSNR = {Container.FLOAT: 45.0, Container.HALF: 30.0}
 """Least agreement, in dB, of the image with diffusers' own; INT8 rounds differently and drifts, so none."""
@@ -38,6 +39,9 @@ TOLERANCES: dict[tuple[Container, str], float] = {
     (Container.INT8, "bfloat16"): 1e-1,
 }
 """Largest relative L2 error by container and by the dtype of what is not INT8."""
+
+QUALITY_TOLERANCE = 1e-3
+"""Largest distance of q, which lies in (0, 1); text encoder and policy run in FP32."""
 
 
 class BlockRow(Frozen):
@@ -64,6 +68,16 @@ class ImageRow(Frozen):
     passed: bool
 
 
+class PolicyRow(Frozen):
+    """The policy's decision on the prompt: text encoder and policy engines against their ONNX graphs."""
+
+    q: float | None = Field(description="quality by the engines; none if the run was not finite")
+    error: float | None = Field(description="distance from the graphs' q, run by ONNX Runtime")
+    tolerance: float
+    follows_table: bool = Field(description="whether the graph's bits are those of the manifest's table")
+    passed: bool
+
+
 class ValidationReport(Frozen):
     """What was compared, and how it came out."""
 
@@ -72,6 +86,7 @@ class ValidationReport(Frozen):
     seed: int
     steps: tuple[int, ...] = Field(description="sampling steps whose activations were used")
     rows: tuple[BlockRow, ...]
+    policy: PolicyRow | None = Field(description="none where the bundle has no policy")
     images: tuple[ImageRow, ...]
     notes: tuple[str, ...]
     passed: bool
@@ -104,6 +119,7 @@ def validate(
     recorded = _record(pipeline, prompt, seed, steps, lambda: progress.item(""))
     progress.stage("compare", len(bundle.manifest.blocks) * len(bundle.manifest.bits))
     rows = _compare_blocks(pipeline, recorded, progress)
+    policy = _compare_policy(pipeline, prompt, seed)
     images, notes = _compare_images(pipeline, prompt, seed, model, progress)
     return ValidationReport(
         bundle=str(bundle.root),
@@ -111,9 +127,12 @@ def validate(
         seed=seed,
         steps=steps,
         rows=tuple(rows),
+        policy=policy,
         images=tuple(images),
         notes=tuple(notes),
-        passed=all(r.passed for r in rows) and all(i.passed for i in images),
+        passed=all(r.passed for r in rows)
+        and (policy is None or policy.passed)
+        and all(i.passed for i in images),
     )
 
 
@@ -151,7 +170,7 @@ def _compare_blocks(pipeline: TextToImage, recorded: list[Arrays], progress: Pro
     rows = []
     values = [dict(arrays) for arrays in recorded]
     for block in bundle.manifest.blocks:
-        float32 = _reference_runner(bundle, block.variants[variant_name(REFERENCE_BITS)])
+        float32 = _reference_runner(bundle, block.variants[variant_name(REFERENCE_BITS)].onnx)
         inputs = [{name: v[name] for name in block.inputs} for v in values]
         exact = [float32(arrays) for arrays in inputs]
         for bits in bundle.manifest.bits:
@@ -160,7 +179,7 @@ def _compare_blocks(pipeline: TextToImage, recorded: list[Arrays], progress: Pro
             if variant.engine is None:
                 raise QlipError(f"{block.name} has no engine at {bits} bits", fix="build the bundle again")
             int8 = variant.container is Container.INT8
-            run = _reference_runner(bundle, variant) if int8 else None
+            run = _reference_runner(bundle, variant.onnx) if int8 else None
             expected = [run(arrays) for arrays in inputs] if run else exact
             rows.append(_judge(pipeline, block, variant, variant.engine, inputs, expected, exact))
         for value, outputs in zip(values, exact, strict=True):
@@ -214,16 +233,17 @@ def _judge(
     )
 
 
-def _reference_runner(bundle: Bundle, variant: VariantEntry) -> Callable[[Arrays], Arrays]:
-    """Return a function that runs a variant's ONNX file in ONNX Runtime on float32 arrays."""
+def _reference_runner(bundle: Bundle, onnx: str) -> Callable[[Arrays], Arrays]:
+    """Return a function that runs an ONNX file of the bundle in ONNX Runtime; what comes out is float32."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Reference means as written: no fusion may change what is computed.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(bundle.file(variant.onnx), options, providers=["CPUExecutionProvider"])
-    dtypes = {i.name: np.float16 if "float16" in i.type else np.float32 for i in session.get_inputs()}
+    session = ort.InferenceSession(bundle.file(onnx), options, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    dtypes = {i.name: kinds.get(i.type, np.float32) for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
 
     def run(arrays: Arrays) -> Arrays:
@@ -232,6 +252,31 @@ def _reference_runner(bundle: Bundle, variant: VariantEntry) -> Callable[[Arrays
         return {name: out.astype(np.float32) for name, out in zip(names, outputs, strict=True)}
 
     return run
+
+
+def _compare_policy(pipeline: TextToImage, prompt: str, seed: int) -> PolicyRow | None:
+    bundle, policy = pipeline.bundle, pipeline.bundle.manifest.policy
+    if policy is None:
+        return None
+    size = bundle.manifest.shapes.batch_size
+    ids = PromptTokenizer(bundle)([prompt] * 2 * size).ids
+    encoded = _reference_runner(bundle, bundle.manifest.text_encoder.onnx)({"input_ids": ids})
+    graph = _reference_runner(bundle, policy.onnx)({"pooled": encoded["pooled"][:size]})
+    expected = float(graph["quality"][0])
+    decided = [[choice.at(expected) for choice in row] for row in policy.table.choices]
+    follows_table = bool((graph["bits"][0] == decided).all())
+    try:
+        q: float | None = pipeline(prompt, seed=seed).records[0]["q"]
+    except NotFiniteError:
+        q = None  # the block that overflows is named by its own row
+    error = None if q is None else abs(q - expected)
+    return PolicyRow(
+        q=q,
+        error=error,
+        tolerance=QUALITY_TOLERANCE,
+        follows_table=follows_table,
+        passed=follows_table and error is not None and error <= QUALITY_TOLERANCE,
+    )
 
 
 def _compare_images(

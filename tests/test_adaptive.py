@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 
+from qlip_export.backends import get_backend
 from qlip_export.bundle import Bundle, PolicyEntry
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
@@ -278,6 +280,36 @@ def test_inspect_shows_the_policy(cli: Cli, adaptive_bundle: Path, bundle: Path)
     assert "weights 4 bits (learned rounding)" in text
     assert json.loads(cli("inspect", adaptive_bundle, "--json").out)["policy"]["table"]["units"]
     assert "no policy: every run is at uniform bits" in cli("inspect", bundle).out
+
+
+# --- validate
+
+
+def test_validate_judges_the_policy(cli: Cli, adaptive_bundle: Path, tmp_path: Path) -> None:
+    lost = tamper.copy_of(adaptive_bundle, tmp_path)
+    tamper.edit_manifest(lost, lambda m: m["model"].update(source=str(tmp_path / "gone")))  # no images
+    report = json.loads(cli("validate", lost, "--json").out)
+    assert (report["passed"], report["policy"]["follows_table"]) == (True, True)
+    assert report["policy"]["error"] < 1e-4
+    assert f"policy: q {report['policy']['q']:.4f}" in cli("validate", lost).out
+    _retrain(lost)
+    done = cli("validate", lost)
+    assert done.code == 1
+    assert "off: the policy; images were not compared" in done.out
+
+
+def _retrain(bundle: Path) -> None:
+    """Compile a T2Q that sees less quality, and vouch for the engine: whole, but wrong."""
+    opened = Bundle.open(bundle)
+    assert opened.manifest.policy is not None and opened.manifest.policy.engine is not None
+    model = onnx.load(bundle / opened.manifest.policy.onnx)
+    (bias,) = [tensor for tensor in model.graph.initializer if tensor.name == "output.bias"]
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) - 1, bias.name))
+    onnx.save(model, bundle / "altered.onnx")
+    engine = opened.manifest.policy.engine
+    get_backend("openvino").compile(bundle / "altered.onnx", bundle / engine.path, engine.container)
+    (bundle / "altered.onnx").unlink()
+    tamper.accept(bundle, engine.path)
 
 
 # --- damage
