@@ -242,39 +242,180 @@ def validate(
 
 
 @app.command()
-def calibrate(
-    model: Annotated[str, typer.Option(help="Name of the zoo or a folder in the diffusers layout.")],
+def evaluate(
+    bundle: BundleArgument,
     prompts: Annotated[
         Path | None,
         typer.Option(help="UTF-8 text, a prompt a line.", show_default="the model's own, or generic"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of a run.")] = 25,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to run at most.")] = 32,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Images of each configuration.", show_default="256, or all prompts if fewer"),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Of fid, sfid, clip, fab, bitops, latency.", show_default="all that the device can measure"
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Uniform bits beside the policy.", show_default="all of the bundle"),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Configuration that ratios refer to.", show_default="the largest up to 16 bits"),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="engines; or cpu or cuda for the fake-quantized model in torch.")
+    ] = "engines",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="What distances are measured to: a file of statistics, a folder of images, or fp32.",
+            show_default="the model's own, or fp32",
+        ),
+    ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(help="Weights of Inception-v3 for FID.", show_default="the model's vision tower"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model with the vision tower.", show_default="the one the bundle was built from"),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Seed; image i uses SEED + i.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder that keeps images and features; the same command goes on."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the policy and uniform bits on the same prompts and noise, with 95 % intervals."""
+    from qlip_export.display import print_evaluation
+    from qlip_export.evaluate import EvaluateOptions
+    from qlip_export.evaluate import evaluate as run
+    from qlip_export.progress import progress_for_terminal
+
+    options = _validated(
+        EvaluateOptions,
+        prompts=prompts,
+        samples=samples,
+        metrics=tuple(metrics.split(",")) if metrics is not None else None,
+        compare=_numbers(compare, "--compare") if compare is not None else None,
+        baseline=baseline,
+        device=device,
+        reference=reference,
+        inception=inception,
+        model=model,
+        guidance=guidance,
+        seed=seed,
+        out=out,
+    )
+    with progress_for_terminal() as progress:
+        report = run(bundle, options, progress)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_evaluation(report)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="Name of the zoo or a folder in the diffusers layout.")],
+    stages: Annotated[str, typer.Option(help="Which of them to run.")] = "ranges,weights,t2q,q2b",
+    bit_options: Annotated[str, typer.Option(help="What the policy chooses among.")] = "8,16,32",
+    unit: Annotated[str, typer.Option(help="The policy decides for every block or layer.")] = "block",
+    blocks: Annotated[Blocks, typer.Option(help="Where the blocks are cut.")] = Blocks.coarse,
+    criterion: Annotated[
+        str, typer.Option(help="What is predicted from the text: quality, complexity or length.")
+    ] = "quality",
+    parts: Annotated[
+        str | None, typer.Option(help="Learned parts of Q2B, e.g. q,m.", show_default="all that fit")
+    ] = None,
+    cost: Annotated[str, typer.Option(help="What a choice costs: bits or latency.")] = "bits",
+    lambda_bit: Annotated[
+        float | None, typer.Option(help="Weight of the cost.", show_default="0.001")
+    ] = None,
+    target_fab: Annotated[
+        float | None, typer.Option(help="Average bits to aim for, instead of a weight of the cost.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle whose engines are timed for --cost latency.")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Real images for the quality score: a folder.", show_default="the drawn images"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text, a prompt a line.", show_default="the model's own, or generic"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    steps: Annotated[int, typer.Option(help="Sampling steps of a run.")] = 25,
+    scheduler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")] = "dpmsolver++",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Seed of noise and training.")] = 0,
+    groups: Annotated[int, typer.Option(help="Timestep groups of the policy.")] = 5,
+    forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at a time.")] = 32,
+    limit: Annotated[
+        int | None, typer.Option(help="Prompts of a stage at most.", show_default="32 to 12,000 by stage")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Of training.", show_default="1500 a block, 500 for the policy")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Where results go.", show_default="calibration/MODEL")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the activation ranges of a model on prompts, over all timesteps."""
-    from qlip_export.calibrate import GENERIC_PROMPTS, measure_ranges, read_prompts
-    from qlip_export.files import written_aside
+    """Measure activation ranges, learn 4-bit weights, train the policy; each stage is kept when it is done."""
+    from qlip_export.calibrate import GENERIC_PROMPTS, read_prompts
+    from qlip_export.calibrate.stages import CalibrateOptions, Calibration
     from qlip_export.progress import progress_for_terminal
     from qlip_export.zoo import find_model
 
+    options = _validated(
+        CalibrateOptions,
+        stages=tuple(stages.split(",")),
+        bit_options=_numbers(bit_options, "--bit-options"),
+        unit=unit,
+        granularity=blocks.value,
+        criterion=criterion,
+        parts=None if parts is None else tuple(parts.split(",")),
+        cost=cost,
+        lambda_bit=lambda_bit,
+        target_fab=target_fab,
+        bundle=bundle,
+        reference=reference,
+        device=device,
+        steps=steps,
+        scheduler=scheduler,
+        guidance=guidance,
+        seed=seed,
+        groups=groups,
+        forced_steps=forced_steps,
+        batch_size=batch_size,
+        limit=limit,
+        iterations=iterations,
+    )
     found, checkpoint = find_model(model)
     own = found.calibration / "prompts.txt" if found.calibration else None
     source = prompts or (own if own and own.is_file() else None)
-    texts = (read_prompts(source) if source else list(GENERIC_PROMPTS))[:limit]
-    target = (out or Path("calibration") / found.name) / "ranges.json"
+    texts = read_prompts(source) if source else list(GENERIC_PROMPTS)
     with progress_for_terminal() as progress:
-        progress.stage("calibrate", len(texts) * steps)
-        ranges = measure_ranges(checkpoint, texts, steps=steps, on_step=lambda: progress.item(""))
-    with written_aside(target) as aside:
-        aside.write_text(ranges.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        report = Calibration(checkpoint, texts, options, out or Path("calibration") / found.name).run(
+            progress
+        )
     if as_json:
-        print(json.dumps({"ranges": str(target), "layers": len(ranges.layers), "prompts": len(texts)}))
-    else:
-        print(f"{target}: ranges of {len(ranges.layers)} layers from {len(texts)} prompts x {steps} steps")
+        print(report.model_dump_json())
+        return
+    for stage, file in report.files.items():
+        print(f"{stage:8} {file}{' (there already)' if stage in report.reused else ''}")
+    for name, value in report.measured.items():
+        print(f"{name:8} {value:.6g}")
 
 
 @app.command()
@@ -312,12 +453,13 @@ def main() -> NoReturn:
     except ModuleNotFoundError as error:
         # Whoever only runs bundles has installed neither torch nor the ONNX tools.
         package = (error.name or "").split(".")[0]
-        if package not in _EXPORT_PACKAGES:
+        extra = next((name for name, packages in _EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
         _fail(
             QlipError(
                 f"this command needs {package}, which is not installed",
-                fix='pip install "qlip-export[export]"',
+                fix=f'pip install "qlip-export[{extra}]"',
             )
         )
     except QlipError as error:
@@ -327,16 +469,20 @@ def main() -> NoReturn:
 _UsageError: Any = typer.BadParameter.__base__
 """Wrong arguments, as click tells them; newer versions of typer carry a click of their own."""
 
-_EXPORT_PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "safetensors",
-    "accelerate",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-)
+_EXTRAS = {
+    "export": (
+        "torch",
+        "diffusers",
+        "transformers",
+        "safetensors",
+        "accelerate",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+    ),
+    "evaluate": ("torchmetrics", "sklearn", "scipy", "threadpoolctl"),
+}
+"""Packages that a command may lack, by the extra that brings them."""
 
 
 def _fail(error: QlipError) -> NoReturn:
@@ -357,11 +503,11 @@ def _validated(kind: Any, **values: Any) -> Any:
         raise QlipError(f"{option}: {first['msg']}", found=str(first.get("input"))) from error
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str = "--bits") -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise QlipError("--bits is no list of numbers", expected="e.g. 8,16,32", found=text) from error
+        raise QlipError(f"{option} is no list of numbers", expected="e.g. 8,16,32", found=text) from error
 
 
 def _image_paths(out: Path | None, count: int) -> list[Path]:

@@ -15,6 +15,8 @@ from qlip_export.memory import MemoryRow, kibibytes, mebibytes
 from qlip_export.spec import variant_name
 
 if TYPE_CHECKING:
+    from qlip_export.evaluate import EvaluationReport
+    from qlip_export.metrics import Estimate
     from qlip_export.validate import ValidationReport
 
 Record = dict[str, Any]
@@ -187,3 +189,42 @@ def print_validation(report: ValidationReport) -> None:
     off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
     images = "" if report.images else "; images were not compared"
     console.print(f"all engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}")
+
+
+def print_evaluation(report: EvaluationReport) -> None:
+    """Print the metrics of every configuration, each with its interval and its ratio to the baseline."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    metrics = list(report.rows[0].metrics)
+    table = Table("bits", *(_METRIC_NAMES[metric] for metric in metrics))
+    table.columns[0].no_wrap = True
+    for row in report.rows:
+        table.add_row(row.configuration, *(_estimate(metric, row.metrics[metric]) for metric in metrics))
+    console.print(table)
+    where = "the engines" if report.device == "engines" else f"the fake-quantized model on {report.device}"
+    console.print(
+        f"{report.samples} images each by {where}, {report.steps} steps, guidance {report.guidance:g}, seeds "
+        f"from {report.seed}, weights {report.weight_bits} bits; prompts: {report.prompts}"
+    )
+    if report.reference is not None:
+        console.print(f"distances to {report.reference}; FID in {report.features} features")
+    console.print(
+        f"± is half a 95 % bootstrap interval; x is the ratio to {report.baseline}, resampled in pairs"
+    )
+
+
+_METRIC_NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "clip": "CLIP score",
+    "fab": "FAB",
+    "bitops": "BitOPs, T",
+    "latency": "s an image",
+}
+
+
+def _estimate(metric: str, found: Estimate) -> str:
+    unit, digits = (1e12, 4) if metric == "bitops" else (1, 4 if metric in ("clip", "latency") else 2)
+    text = f"{found.value / unit:.{digits}f} ±{(found.high - found.value) / unit:.{digits}f}"
+    if found.ratio is not None and found.ratio_high is not None:
+        text += f"\nx{found.ratio:.3f} ±{found.ratio_high - found.ratio:.3f}"
+    return text

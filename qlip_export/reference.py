@@ -34,15 +34,8 @@ def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint, *, bits: int = 32
     Raises:
         QlipError: The checkpoint is not the one that the bundle was built from.
     """
+    check_same_model(bundle, checkpoint)
     family = denoiser_family(checkpoint)
-    fingerprint = checkpoint.component(family.denoiser_folder).fingerprint
-    if fingerprint != bundle.manifest.model.fingerprint:
-        raise QlipError(
-            f"{checkpoint.folder} is not the model that {bundle.root} was built from",
-            expected=f"fingerprint {bundle.manifest.model.fingerprint}",
-            found=fingerprint,
-            fix="name the right model, or build the bundle again",
-        )
     pipeline = load_pipeline(checkpoint)
     sampler = bundle.manifest.sampler
     pipeline.scheduler = scheduler_from_config(sampler.scheduler, dict(pipeline.scheduler.config))
@@ -55,6 +48,22 @@ def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint, *, bits: int = 32
         quantizer = FakeQuantizer(denoiser, {bits: ranges.thresholds(bits)})
         quantizer.set_bits({name: bits for name in ranges.layers if family.quantizes(name)})
     return pipeline
+
+
+def check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose denoiser is not the one that ``bundle`` was built from.
+
+    Raises:
+        QlipError: Naming both fingerprints.
+    """
+    fingerprint = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
+    if fingerprint != bundle.manifest.model.fingerprint:
+        raise QlipError(
+            f"{checkpoint.folder} is not the model that {bundle.root} was built from",
+            expected=f"fingerprint {bundle.manifest.model.fingerprint}",
+            found=fingerprint,
+            fix="name the right model, or build the bundle again",
+        )
 
 
 def reference_image(

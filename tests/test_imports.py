@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zoo": {"spec", "files", "bundle", "checkpoint"},
     "features": {"spec", "files", "checkpoint"},
     "metrics": {"spec", "features"},
+    "renderers": {"*", "-build", "-cli", "-bench", "-validate", "-evaluate"},
     "evaluate": {"*", "-build", "-cli", "-bench", "-validate"},
     "workspace": {"spec", "files", "bundle"},
     "export": {"*", "-compile", "-build", "-cli", "-runtime", "-bench", "-validate"},
@@ -60,6 +61,7 @@ TORCH_MODULES = {
     "calibrate",
     "features",
     "metrics",
+    "renderers",
     "evaluate",
     "reference",
     "diffusers_denoiser",
@@ -77,6 +79,7 @@ ONNX_MODULES = {
     "export",
     "build",
     "validate",
+    "lazy:renderers",
     "lazy:backends",
 }
 

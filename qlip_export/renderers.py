@@ -1,0 +1,162 @@
+"""Who draws the images of an evaluation: a bundle's engines, or the fake-quantized model in their place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qlip_export.bundle import Bundle
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
+from qlip_export.policy.t2q import TextToQuality
+from qlip_export.quant.ranges import Ranges
+from qlip_export.reference import quantized_weights
+from qlip_export.runtime.pipeline import TextToImage
+from qlip_export.runtime.schedule import schedule
+from qlip_export.simulate import Simulator
+
+POLICY = "policy"
+"""Name of the configuration in which the bundle's policy chooses the bits."""
+
+Batch = tuple[Tensor, NDArray[np.uint8], NDArray[np.float64]]
+"""Images (n, H, W, 3) uint8, bits (n, steps, blocks), seconds of each image (n,) or (0,)."""
+
+
+class Renderer(ABC):
+    """Draws prompts at a configuration, in batches."""
+
+    @abstractmethod
+    def draw(
+        self, configuration: str, prompts: Sequence[str], latents: NDArray[np.float32], guidance: float
+    ) -> Iterator[Batch]:
+        """Yield the images of ``prompts`` from ``latents`` (N, C, H, W), in order."""
+
+    @abstractmethod
+    def identity(self) -> object:
+        """Return what the images depend on besides the bundle, JSON-serialisable."""
+
+
+class EngineRenderer(Renderer):
+    """The engines of the bundle; their seconds count."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Load nothing yet but the bundle's small parts.
+
+        Raises:
+            QlipError: No engines, or their library is not installed.
+        """
+        self._pipeline = TextToImage.load(bundle.root)
+
+    def draw(
+        self, configuration: str, prompts: Sequence[str], latents: NDArray[np.float32], guidance: float
+    ) -> Iterator[Batch]:
+        """See `Renderer.draw`."""
+        bits = None if configuration == POLICY else int(configuration)
+        size = self._pipeline.bundle.manifest.shapes.batch_size
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            made = self._pipeline(list(prompts[part]), latents=latents[part], guidance=guidance, bits=bits)
+            images = torch.from_numpy(np.stack([np.asarray(image) for image in made.images]))
+            count = len(made.images)
+            seconds = [record["seconds"]["total"] / count for record in made.records]
+            yield images, np.array([r["bits"] for r in made.records], dtype=np.uint8), np.array(seconds)
+
+    def identity(self) -> object:
+        """See `Renderer.identity`."""
+        return "engines"
+
+
+class SimulatorRenderer(Renderer):
+    """The fake-quantized model with the bundle's weights, ranges and policy; says nothing about speed.
+
+    Attributes:
+        simulator: The model in torch.
+        batch_size: That of the engines: prompts that would share a batch share its schedule.
+    """
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, device: str) -> None:
+        """Load the model.
+
+        Raises:
+            QlipError: No such device here.
+        """
+        manifest = bundle.manifest
+        ranges = manifest.quantization.ranges
+        self._blocks = manifest.blocks
+        self._steps = len(manifest.sampler.steps)
+        self.batch_size = manifest.shapes.batch_size
+        self._device = device
+        self.simulator = Simulator(
+            checkpoint,
+            device=device,
+            weights=quantized_weights(bundle),
+            ranges=Ranges.load(bundle.file(ranges)) if ranges else None,
+            scheduler=manifest.sampler.scheduler,
+            steps=manifest.sampler.requested_steps,
+        )
+        self._table = manifest.policy.table if manifest.policy else None
+        self._network = quality_network(bundle).to(device) if manifest.policy else None
+
+    def schedules(self, configuration: str, prompts: Sequence[str]) -> NDArray[np.uint8]:
+        """Return the bits of every block, (N, steps, blocks) uint8, as the engines would run them."""
+        if self._table is None or self._network is None or configuration != POLICY:
+            shape = (len(prompts), self._steps, len(self._blocks))
+            return np.full(shape, int(configuration), dtype=np.uint8)
+        with torch.inference_mode():
+            qualities = self._network(self.simulator.pooled(prompts)).tolist()
+        found = []
+        for start in range(0, len(prompts), self.batch_size):
+            batch = qualities[start : start + self.batch_size]
+            found += [schedule(self._table, self._blocks, batch)] * len(batch)
+        return np.array(found, dtype=np.uint8)
+
+    def draw(
+        self, configuration: str, prompts: Sequence[str], latents: NDArray[np.float32], guidance: float
+    ) -> Iterator[Batch]:
+        """See `Renderer.draw`."""
+        bits = self.schedules(configuration, prompts)
+        block_of = {layer.name: i for i, block in enumerate(self._blocks) for layer in block.layers}
+        columns = [block_of[name] for name in self.simulator.layers]
+        done = 0
+        for images in self.simulator.generate(
+            prompts,
+            latents,
+            guidance=guidance,
+            bits=torch.from_numpy(bits[:, :, columns].astype(np.int64)),
+            batch_size=128 if self._device == "cuda" else 8,
+        ):
+            yield images, bits[done : done + len(images)], np.empty(0)
+            done += len(images)
+
+    def identity(self) -> object:
+        """See `Renderer.identity`."""
+        checkpoint = self.simulator.checkpoint
+        return [self._device, *(checkpoint.component(name).fingerprint for name in ("text_encoder", "vae"))]
+
+
+def quality_network(bundle: Bundle) -> TextToQuality:
+    """Return the T2Q network of a bundle's policy, with the very weights that its engine has.
+
+    Raises:
+        QlipError: The bundle has no policy.
+    """
+    import onnx_ir as ir
+
+    if bundle.manifest.policy is None:
+        raise QlipError(f"{bundle.root} has no policy", fix="build it with a calibrated one")
+    graph = ir.load(bundle.file(bundle.manifest.policy.onnx)).graph
+    arrays = {
+        name: torch.from_numpy(value.const_value.numpy().copy())
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+    }
+    network = TextToQuality(arrays["projection"].T)
+    weights = {name: arrays[name] for name in network.state_dict() if name != "projection"}
+    network.load_state_dict(weights, strict=False)
+    network.eval()
+    return network
