@@ -27,7 +27,10 @@ class DiffusersDenoiser(torch.nn.Module):
     """
 
     def __init__(self, bundle: str | os.PathLike[str], *, bits: int | None = None) -> None:
-        """Load the bundle; ``bits`` chooses the activation bits of all blocks."""
+        """Load the bundle; ``bits`` chooses the activation bits of all blocks.
+
+        The policy is not asked: it needs the prompt, which a pipeline does not show its denoiser.
+        """
         super().__init__()
         self._runtime = TextToImage.load(Path(bundle))
         self.bits = self._runtime.bundle.bits(bits)

@@ -19,6 +19,7 @@ from qlip_export.bundle import Bundle, PolicyEntry
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.policy.store import Quality
+from qlip_export.progress import Silent
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
 from tests import tamper
@@ -184,6 +185,15 @@ def test_images_are_handed_over_as_they_are_made(batched: TextToImage) -> None:
     steps = [(i + 1, 2 * STEPS) for i in range(2 * STEPS)]
     assert events == [*steps[:STEPS], *PROMPTS[:2], *steps[STEPS:], PROMPTS[2]]
     assert len(result.images) == 3
+
+
+def test_progress_knows_how_many_batches_there_are(
+    cli: Cli, batched: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[tuple[str, int]] = []
+    monkeypatch.setattr(Silent, "stage", lambda self, name, total: stages.append((name, total)))
+    assert cli("generate", batched.bundle.root, *PROMPTS, "-o", tmp_path / "x").code == 0
+    assert stages == [("sample", 2 * STEPS)]
 
 
 def test_warnings_tell_the_prompt_from_the_negative_one(batched: TextToImage) -> None:

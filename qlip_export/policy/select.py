@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def units_of(blocks: Sequence[BlockEntry]) -> dict[str, list[str]]:
 
 def _default(found: list[str], bits: tuple[int, ...], folder: Path) -> str:
     """Return the name of the policy that ``auto`` takes; a default policy is named by its options alone."""
-    options = [tuple(map(int, n.split("-"))) for n in found if n.replace("-", "").isdigit()]
+    options = [tuple(map(int, n.split("-"))) for n in found if re.fullmatch(r"\d+(-\d+)+", n)]
     fitting = [o for o in options if set(o) <= set(bits)]
     if not fitting:
         raise QlipError(
