@@ -4,6 +4,7 @@
 ``qlip:NAME``: the policy NAME of the calibration folder. Baselines at its FAB: ``random:NAME`` draws the bits
 of every prompt, step and layer from the policy's own mix; ``timestep:NAME`` and ``static:NAME`` are trained
 as the policy is, but see no prompt and, in the second case, no timestep.
+``w4a6+PATTERN`` keeps the inputs of layers that match the pattern exact, ``w4a6!PATTERN`` their weights.
 """
 
 from __future__ import annotations
@@ -16,59 +17,77 @@ import torch
 from torch import Tensor
 
 from qlip_export.calibrate.bits import Plan, bit_costs, train_q2b
+from qlip_export.calibrate.quality import predicted
+from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import quantized_weights
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.families.unet import UNET
 from qlip_export.policy.q2b import QualityToBits
-from qlip_export.policy.store import Policy, Quality
+from qlip_export.policy.store import Policy
 from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.simulate import Simulator
 
-UNIFORM = re.compile(r"w4a(\d+)(-nearest)?")
-BASELINES = ("random", "timestep", "static")
-TRAINING_PROMPTS = 1500
+UNIFORM = re.compile(r"w4a(\d+)(?:-nearest)?(?:([+!])(.*))?")
+STEPS = 25
+GUIDANCE = 4.0
 
 
 class Subject:
     """A model, its calibration folder, and simulators for each way to round the weights."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Path, device: str, steps: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, calibration: Path, device: str) -> None:
         """Nothing is loaded yet."""
-        self.checkpoint, self.calibration, self.device, self.steps = checkpoint, calibration, device, steps
+        self.checkpoint, self.calibration, self.device = checkpoint, calibration, device
         self.ranges = Ranges.load(calibration / "ranges.json")
         self._simulators: dict[str, Simulator] = {}
-        self._trajectories: Trajectories | None = None
+        self._trajectories: dict[int, Trajectories] = {}
 
     def simulator(self, row: str) -> Simulator:
         """Return the simulator with the weights of ``row``."""
         kind = "full" if row == "fp32" else "nearest" if row.endswith("-nearest") else "learned"
-        if kind not in self._simulators:
-            simulator = Simulator(self.checkpoint, device=self.device, ranges=self.ranges, steps=self.steps)
+        exact = row.split("!")[1] if "!" in row else None
+        key = f"{kind}!{exact}"
+        if key not in self._simulators:
+            simulator = Simulator(self.checkpoint, device=self.device, ranges=self.ranges, steps=STEPS)
             if kind != "full":
                 path = self.calibration / "weights.safetensors"
                 quantize = round_to_nearest if kind == "nearest" else LearnedRounding.load(path)
-                simulator.set_weights(quantized_weights(self.checkpoint, simulator.all_layers, quantize, 4))
-            self._simulators[kind] = simulator
-        return self._simulators[kind]
+                layers = [n for n in simulator.all_layers if exact is None or not re.fullmatch(exact, n)]
+                simulator.set_weights(quantized_weights(self.checkpoint, layers, quantize, 4))
+            self._simulators[key] = simulator
+        return self._simulators[key]
 
-    def bits(self, row: str, prompts: Sequence[str], training_prompts: Sequence[str]) -> Tensor | None:
+    def trajectories(self, prompts: Sequence[str]) -> Trajectories:
+        """Return full-precision runs over ``prompts``, recorded once."""
+        if len(prompts) not in self._trajectories:
+            self._trajectories[len(prompts)] = record(
+                self.simulator("fp32"), prompts, guidance=GUIDANCE, seed=0, batch_size=256
+            )
+        return self._trajectories[len(prompts)]
+
+    def bits(self, row: str, prompts: Sequence[str]) -> Tensor | None:
         """Return the activation bits of ``row``, (N, steps, layers) int8, or nothing for full precision."""
-        layers = len(self.simulator("fp32").layers)
+        layers = self.simulator("fp32").layers
         if row == "fp32":
             return None
         if uniform := UNIFORM.fullmatch(row):
-            return torch.full((1, 1, 1), int(uniform[1]), dtype=torch.int8).expand(
-                len(prompts), self.steps, layers
-            )
+            exact = uniform[3] if uniform[2] == "+" else ""
+            bits = [32 if re.fullmatch(exact, name) else int(uniform[1]) for name in layers]
+            return torch.tensor(bits, dtype=torch.int8).expand(len(prompts), STEPS, len(layers))
         kind, name = row.split(":")
         policy = Policy.load(self.calibration, name)
         if kind in ("timestep", "static"):
-            q2b, forced = self._blind(kind, policy, training_prompts)
+            q2b, forced = self._blind(kind, policy)
             return self._of(policy, q2b, torch.full((len(prompts),), 0.5), forced)
-        bits = self._of(policy, policy.q2b, self.qualities(policy, prompts), policy.recipe.forced_steps)
+        bits = self._of(
+            policy,
+            policy.q2b,
+            predicted(self.calibration, policy.recipe.criterion, self.simulator("fp32"), prompts),
+            policy.recipe.forced_steps,
+        )
         if kind == "random":
             mix = torch.bincount(bits.flatten().long(), minlength=33).float()
             drawn = torch.multinomial(
@@ -77,21 +96,14 @@ class Subject:
             return drawn.view(bits.shape).to(torch.int8)
         return bits
 
-    def qualities(self, policy: Policy, prompts: Sequence[str]) -> Tensor:
-        """Return the policy's q of each prompt, (N,) float32."""
-        quality = Quality.load(self.calibration, policy.recipe.criterion)
-        with torch.no_grad():
-            found: Tensor = quality.network(self.simulator("fp32").pooled(prompts).cpu())
-        return found
-
     def _of(self, policy: Policy, q2b: QualityToBits, q: Tensor, forced: int) -> Tensor:
         groups = q2b.lines().shape[0]
         unit_of_layer = self._unit_of_layer(policy)
         options = torch.tensor(policy.recipe.options, dtype=torch.int8)
         steps = []
         with torch.no_grad():
-            for step in range(self.steps):
-                probabilities = q2b.probabilities(q, step * groups // self.steps, step < forced)
+            for step in range(STEPS):
+                probabilities = q2b.probabilities(q, step * groups // STEPS, step < forced)
                 steps.append(options[probabilities.argmax(-1)][:, unit_of_layer])
         return torch.stack(steps, 1)
 
@@ -102,7 +114,7 @@ class Subject:
             return [recipe.units.index(name) for name in names]
         return [recipe.units.index(str(UNET.block_of(name, recipe.granularity))) for name in names]
 
-    def _blind(self, kind: str, policy: Policy, prompts: Sequence[str]) -> tuple[QualityToBits, int]:
+    def _blind(self, kind: str, policy: Policy) -> tuple[QualityToBits, int]:
         """Train a policy to the same FAB that sees no prompt and, if ``static``, no timestep."""
         recipe = policy.recipe
         static = kind == "static"
@@ -121,15 +133,8 @@ class Subject:
             batch=recipe.batch,
             seed=recipe.seed,
         )
-        if self._trajectories is None:
-            self._trajectories = record(
-                self.simulator("fp32"),
-                prompts[: recipe.prompts],
-                guidance=recipe.guidance,
-                seed=recipe.seed,
-                batch_size=256,
-            )
-        trajectories = self._trajectories
+        prompts = read_prompts(self.calibration / "prompts.txt")[: recipe.prompts]
+        trajectories = self.trajectories(prompts)
         qualities = torch.full((len(trajectories.inputs),), 0.5)
         learned = train_q2b(self.simulator("learned"), trajectories, qualities, plan)
         return learned.q2b, plan.forced_steps

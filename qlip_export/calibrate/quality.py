@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from qlip_export.calibrate.trajectories import initial_noise
 from qlip_export.errors import QlipError
-from qlip_export.policy.store import Criterion
+from qlip_export.policy.store import Criterion, Quality
 from qlip_export.policy.t2q import TextToQuality
 from qlip_export.simulate import Simulator
 
@@ -212,3 +213,20 @@ def train_t2q(
         float(spearmanr(predicted, truth).statistic),
         float(pearsonr(predicted, truth).statistic),
     )
+
+
+def predicted(folder: Path, criterion: Criterion, simulator: Simulator, prompts: Sequence[str]) -> Tensor:
+    """Return q of each prompt, (N,) float32: what T2Q predicts, or the scaled number of tokens.
+
+    Prompt length needs no prediction, and a text embedding hardly tells it.
+
+    Raises:
+        QlipError: The calibration folder has no T2Q for this criterion.
+    """
+    quality = Quality.load(folder, criterion)
+    if criterion == "length":
+        low, high = quality.recipe.low, quality.recipe.high
+        return torch.from_numpy((prompt_lengths(simulator, prompts) - low) / (high - low)).clamp(0, 1)
+    with torch.no_grad():
+        found: Tensor = quality.network(simulator.pooled(prompts).cpu())
+    return found

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlip_export.calibrate.bits import LEARNING_RATE, Plan, bit_costs, train_q2b
 from qlip_export.calibrate.latency import latency_costs
-from qlip_export.calibrate.quality import MIXTURE, Drawn, draw, raw_labels, scaled, train_t2q
+from qlip_export.calibrate.quality import MIXTURE, Drawn, draw, predicted, raw_labels, scaled, train_t2q
 from qlip_export.calibrate.ranges import measure_ranges
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import blocks_of, learn_rounding, quantized_weights
@@ -232,8 +232,8 @@ class Calibration:
         if path.is_file() and settings.items() <= LearnedRounding.load(path).recipe.model_dump().items():
             self._reused.append("weights")
             return path
-        simulator = self._simulator()
-        trajectories = self._record(simulator, prompts)
+        simulator = self.simulator()
+        trajectories = self.record(simulator, prompts)
         self._progress.stage("weights", len(blocks_of(simulator.denoiser)))
         learned = learn_rounding(
             simulator,
@@ -283,7 +283,7 @@ class Calibration:
         ):
             self._reused.append("t2q")
             return path
-        simulator = self._simulator()
+        simulator = self.simulator()
         drawn = self._drawn(simulator, prompts)
         raw = raw_labels(drawn, criterion, reference, seed=options.seed)
         labels, low, high = scaled(raw)
@@ -318,7 +318,7 @@ class Calibration:
         )
         prompts = options.first(self._prompts, SIZES.bit_prompts)
         iterations = options.iterations or SIZES.bit_iterations
-        simulator = self._simulator(quantized=True)
+        simulator = self.simulator(quantized=True)
         units, unit_of_layer = self._units(simulator)
         plan = Plan(
             options=options.bit_options,
@@ -364,12 +364,9 @@ class Calibration:
             if same_lambda and recipe.items() <= found.model_dump().items():
                 self._reused.append("q2b")
                 return path
-        # Trajectories are those of full precision; the weights on their grid come after.
-        full = self._simulator()
-        trajectories = self._record(full, prompts)
+        trajectories = self.record(self.simulator(), prompts)
         self._progress.stage("q2b", iterations)
-        with torch.no_grad():
-            qualities = quality.network(trajectories.pooled.cpu())
+        qualities = predicted(self._folder, options.criterion, simulator, prompts)
         learned = train_q2b(
             simulator,
             trajectories,
@@ -383,7 +380,8 @@ class Calibration:
         )
         return Policy(learned.q2b, made).save(self._folder, name)
 
-    def _simulator(self, *, quantized: bool = False) -> Simulator:
+    def simulator(self, *, quantized: bool = False) -> Simulator:
+        """Return the model at full precision, or with quantized weights and activation ranges."""
         options, ranges = self._options, None
         path = self._folder / "ranges.json"
         if quantized:
@@ -405,7 +403,8 @@ class Calibration:
             )
         return simulator
 
-    def _record(self, simulator: Simulator, prompts: list[str]) -> Trajectories:
+    def record(self, simulator: Simulator, prompts: list[str]) -> Trajectories:
+        """Return full-precision runs over ``prompts``."""
         size = self._options.batch_size
         self._progress.stage("sample", -(-len(prompts) // size))
         return record(

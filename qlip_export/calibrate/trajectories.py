@@ -22,7 +22,6 @@ class Trajectories:
         timesteps: (S,) float32.
         states: (P, length, width) float16, the prompts' text states.
         empty: (1, length, width) float16, those of the empty prompt.
-        pooled: (P, C_clip) float32, what T2Q reads.
         guidance: Classifier-free guidance scale.
     """
 
@@ -31,7 +30,6 @@ class Trajectories:
     timesteps: Tensor
     states: Tensor
     empty: Tensor
-    pooled: Tensor
     guidance: float
 
     def both_states(self, prompts: Tensor) -> Tensor:
@@ -84,7 +82,6 @@ def record(
         timesteps=torch.stack(timesteps),
         states=encoded.states.half(),
         empty=empty.half(),
-        pooled=encoded.pooled,
         guidance=guidance,
     )
 

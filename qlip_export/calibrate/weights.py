@@ -69,7 +69,7 @@ def learn_rounding(
     """Learn the rounding of every Conv2d and Linear of the denoiser.
 
     Args:
-        simulator: With the full-precision weights; it is left with the quantized ones.
+        simulator: With the full-precision weights; they stay as they are.
         trajectories: Where block inputs are sampled.
         bits: Weight bits.
         samples: Denoiser inputs to sample, half of them with the empty prompt.
@@ -81,9 +81,8 @@ def learn_rounding(
     import copy
 
     torch.manual_seed(seed)
-    original = simulator.denoiser
     # Learning needs FP32; the quantized copy is the one whose weights change.
-    reference = copy.deepcopy(original).float()
+    reference = copy.deepcopy(simulator.denoiser).float()
     quantized = copy.deepcopy(reference)
     model_inputs = _sample_inputs(trajectories, samples)
     layers = {n: m for n, m in quantized.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -108,7 +107,6 @@ def learn_rounding(
             module.weight.data.copy_(rounding.hard())
             up[layer], scale[layer] = rounding.up().cpu().numpy(), rounding.scale_array
             flipped += int((rounding.up() != rounding.nearest_up()).sum())
-    original.load_state_dict(quantized.state_dict())
     total = sum(a.size for a in up.values())
     return Rounded(
         up=up,
