@@ -1,4 +1,4 @@
-"""The embedded model: its FP32 engines draw what diffusers draws, for every scheduler that we offer."""
+"""The embedded model: its FP32 engines draw what diffusers draws, and the simulator what the engines draw."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qlip_export.build import BuildOptions, build
+from qlip_export.bundle import Bundle
 from qlip_export.calibrate import read_prompts
 from qlip_export.progress import Silent
 from qlip_export.reference import psnr, reference_image, reference_pipeline
+from qlip_export.renderers import POLICY, EngineRenderer, SimulatorRenderer
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.pipeline import seeded_noise
 from qlip_export.zoo import find_model
@@ -18,6 +21,9 @@ from qlip_export.zoo import find_model
 PROMPTS = 20
 STEPS = 25
 LEAST_PSNR = 45.0
+SIMULATED = 2
+LEAST_MEDIAN = {"8": 33.0, "16": 40.0, "32": 70.0}
+"""dB, of the simulator's images to the engines'; the policy's as at 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +52,26 @@ def test_fp32_images_agree_with_diffusers(bundle: Path, scheduler: str) -> None:
     print(f"{scheduler}: least {min(found):.1f} dB, median {sorted(found)[PROMPTS // 2]:.1f} dB")
     assert len(found) == PROMPTS
     assert min(found) >= LEAST_PSNR
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_simulator_draws_what_the_engines_draw(tmp_path: Path) -> None:
+    """The same bits, and images as near as rounding lets them be, at uniform bits and by the policy."""
+    build(BuildOptions(model="emoji", steps=STEPS), tmp_path / "bundle", Silent())
+    opened = Bundle.open(tmp_path / "bundle")
+    model, checkpoint = find_model("emoji")
+    assert model.calibration is not None
+    prompts = read_prompts(model.calibration / "evaluation.txt")[:SIMULATED]
+    shape = opened.manifest.shapes.latents[1:]
+    latents = np.stack([seeded_noise(seed, shape) for seed in range(SIMULATED)])
+    engines, simulator = EngineRenderer(opened), SimulatorRenderer(opened, checkpoint, "cpu")
+    policy = [POLICY] if opened.manifest.policy else []
+    for configuration in [*policy, "8", "16", "32"]:
+        images, bits, _ = map(list, zip(*engines.draw(configuration, prompts, latents, 4.0), strict=True))
+        drawn, chosen, _ = map(list, zip(*simulator.draw(configuration, prompts, latents, 4.0), strict=True))
+        assert np.array_equal(np.concatenate(bits), np.concatenate(chosen))
+        pairs = zip(np.concatenate(images), np.concatenate(drawn), strict=True)
+        found = [psnr(Image.fromarray(a), Image.fromarray(b)) for a, b in pairs]
+        print(f"{configuration}: least {min(found):.1f} dB, median {np.median(found):.1f} dB")
+        assert np.median(found) >= LEAST_MEDIAN.get(configuration, LEAST_MEDIAN["8"])
