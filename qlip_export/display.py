@@ -110,7 +110,7 @@ def print_schedules(bundle: Bundle, records: Sequence[Record], *, stderr: bool =
         images = list(group)
         console.print()
         for record in images:
-            quality = "bits forced" if record["q"] is None else f"q {record['q']:.4f}"
+            quality = "uniform bits" if record["q"] is None else f"q {record['q']:.4f}"
             console.print(Text.assemble((record["prompt"], "bold"), f"  {quality}"), overflow="ellipsis")
         record = images[0]
         _draw_map(console, bundle.manifest.blocks, record["bits"], options)

@@ -245,7 +245,7 @@ def test_explain_of_a_narrow_terminal_and_forced_bits(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "28")
     done = cli("generate", adaptive_bundle, "a dog", "--bits", 16, "-o", tmp_path / "x.png", "--explain")
-    assert "bits forced" in done.out
+    assert "uniform bits" in done.out
     assert done.out.count("down_blocks.1") == 2  # two steps fit, so two maps below each other
     assert done.out.count("16 ") >= STEPS * (len(BLOCKS) - 1)
 
