@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "chain": SHAPES,
     "images": SHAPES,
     "startup": ("emoji",),
+    "schedules": SHAPES,
 }
 """Name, which is also that of the module, and the shapes it makes sense for."""
 

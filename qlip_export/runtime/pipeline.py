@@ -155,6 +155,24 @@ class TextToImage:
                 )
         return result
 
+    def qualities(self, prompts: Sequence[str]) -> list[float]:
+        """Return q of each prompt, in (0, 1), without drawing anything.
+
+        Raises:
+            QlipError: The bundle has no policy.
+        """
+        if self._policy is None:
+            raise QlipError(f"{self.bundle.root} has no policy", fix="build it with --policy auto")
+        size = self.bundle.manifest.shapes.batch_size
+        found: list[float] = []
+        with self._lock:
+            for start in range(0, len(prompts), size):
+                part = list(prompts[start : start + size])
+                tokens = self._tokenizer([""] * size + part + part[-1:] * (size - len(part)))
+                pooled = self._text_encoder(input_ids=tokens.ids)["pooled"][size:]
+                found += [float(q) for q in self._policy(pooled=pooled)["quality"][: len(part)]]
+        return found
+
     def _batch(
         self,
         prompts: list[str],
