@@ -1,6 +1,8 @@
 """Measure on whatever device there is, then write docs/results.md.
 
 python -m benchmarks.quality run --device cuda     # trains every policy of the plan, measures every row
+python -m benchmarks.quality policies              # what shipped policies ask for; a minute on a CPU
+python -m benchmarks.quality grids                 # what finer grids would gain
 python -m benchmarks.quality tables
 """
 
@@ -10,7 +12,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-OUT = Path("benchmarks/out/quality")
+OUT = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
@@ -23,8 +25,25 @@ def main() -> None:
     run.add_argument("--batch-size", type=int, default=256)
     run.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after that long")
     run.add_argument("--out", type=Path, default=OUT)
+    for name, about in (("policies", "figures S1 and S4"), ("grids", "centred and split grids")):
+        other = commands.add_parser(name, help=about)
+        other.add_argument("--calibration", type=Path, default=Path("calibration/emoji"))
+        other.add_argument("--out", type=Path, default=OUT)
+    commands.add_parser("tables", help="write docs/results.md")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
+    if chosen.command == "tables":
+        from benchmarks.quality.tables import write
+
+        return write()
+    if chosen.command == "policies":
+        from benchmarks.quality.policies import describe_policies
+
+        return describe_policies(chosen.calibration, chosen.out)
+    if chosen.command == "grids":
+        from benchmarks.quality.grids import measure_grids
+
+        return measure_grids(chosen.calibration, chosen.out)
     from benchmarks.quality.plan import Worker
 
     Worker(

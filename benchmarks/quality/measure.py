@@ -88,7 +88,6 @@ class Measurement:
             per_layer = bits.float().mean(1)
             result["fab"] = _as_dict(mean_draws(per_layer.mean(1).double().numpy(), drawn))
             if ":" in row:
-                result["fab_of_prompt"] = [round(v, 3) for v in per_layer.mean(1).tolist()]
                 result["bits_of_step"] = [round(v, 3) for v in bits.float().mean((0, 2)).tolist()]
                 result["share_of_layer"] = {
                     layer: {

@@ -1,0 +1,229 @@
+"""Render docs/results.md: the lines ``<!-- NAME -->`` of notes.md become tables of what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bundles import OUT as SPEED
+from benchmarks.quality.measure import file_name
+from qlip_export.metrics import Draws, Estimate
+from qlip_export.policy.store import PolicyRecipe, QualityRecipe
+from qlip_export.quant.rounding import RoundingRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+NOTES = Path(__file__).resolve().parent / "notes.md"
+PAGE = ROOT / "docs" / "results.md"
+CALIBRATION = ROOT / "calibration" / "emoji"
+MAIN = {
+    "fp32": "FP32",
+    "w4a32-nearest": "W4A32, weights to nearest",
+    "w4a32": "W4A32",
+    "w4a16": "W4A16",
+    "w4a8": "W4A8",
+    "w4a6": "W4A6",
+    "w4a5": "W4A5",
+    "qlip:8-16-32": "QLIP {8,16,32}",
+    "qlip:6-8-10": "QLIP {6,8,10}",
+    "random:6-8-10": "random choice, {6,8,10}",
+    "timestep:6-8-10": "timestep only, {6,8,10}",
+    "static:6-8-10": "static, {6,8,10}",
+}
+METRICS = ("fid", "sfid", "clip")
+
+
+def write() -> None:
+    """Write the page."""
+    page = []
+    for line in NOTES.read_text(encoding="utf-8").splitlines():
+        name = line.removeprefix("<!-- ").removesuffix(" -->")
+        page.append(TABLES[name]() if line == f"<!-- {name} -->" else line)
+    PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
+    print(PAGE)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _row(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{file_name(name)}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
+
+
+def _draws(row: dict[str, Any], metric: str) -> Draws:
+    return Draws(row[metric]["value"], np.array(row[metric]["resampled"]))
+
+
+def _value(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
+
+
+def _main() -> str:
+    rows = []
+    for name, title in MAIN.items():
+        row = _row(name)
+        if row is None:
+            rows.append([title, "not measured", "", "", "", ""])
+            continue
+        fab = row["fab"]["value"] if "fab" in row else 32.0
+        cells = [_value(_draws(row, m).estimate(), 4 if m == "clip" else 2) for m in METRICS]
+        rows.append([title, f"{fab:.2f}", *cells, str(row["samples"])])
+    return _table(["", "FAB", "FID", "sFID", "CLIP score", "images"], rows)
+
+
+def _ratios(of: str, to: tuple[str, ...]) -> str:
+    one = _row(of)
+    assert one is not None
+    rows = []
+    for name in to:
+        other = _row(name)
+        if other is None:
+            continue
+        cells = []
+        for metric in METRICS:
+            ratio = _draws(one, metric).estimate(_draws(other, metric))
+            assert ratio.ratio is not None and ratio.ratio_high is not None
+            cells.append(f"{ratio.ratio:.4f} ± {ratio.ratio_high - ratio.ratio:.4f}")
+        fab = other["fab"]["value"] if "fab" in other else 32.0
+        rows.append([MAIN[name], f"{fab:.2f}", *cells])
+    return _table([f"{MAIN[of]} / …", "FAB of …", "FID", "sFID", "CLIP score"], rows)
+
+
+def _t2q() -> str:
+    rows = []
+    for path in sorted(CALIBRATION.glob("t2q.*.json"), reverse=True):
+        recipe = QualityRecipe.model_validate_json(path.read_text())
+        label = {"quality": "GIQA", "complexity": "image complexity"}[recipe.criterion]
+        rows.append(
+            [
+                label,
+                f"{recipe.prompts:,}",
+                f"{recipe.held_out:,}",
+                f"{recipe.srocc:.3f}",
+                f"{recipe.plcc:.3f}",
+            ]
+        )
+    rows.append(["the paper, GIQA", "10,000", "", "0.805", "0.811"])
+    return _table(["label", "labelled prompts", "of them held out", "SROCC", "PLCC"], rows)
+
+
+def _weights() -> str:
+    recipe = RoundingRecipe.model_validate_json((CALIBRATION / "weights.json").read_text())
+    return _table(
+        ["", "round to nearest", "learned"],
+        [
+            [
+                "squared error of block outputs, relative, mean of 44 blocks",
+                f"{recipe.error_nearest:.5f}",
+                f"{recipe.error_learned:.5f}",
+            ],
+            ["weights that do not go to the nearest code", "0", f"{100 * recipe.flipped:.1f} %"],
+        ],
+    )
+
+
+def _seconds() -> str:
+    rows = []
+    for shape in ("emoji", "bk-sdm-tiny"):
+        path = SPEED / f"schedules-{shape}.json"
+        if not path.is_file():
+            rows.append([shape, "not measured on this machine", "", "", ""])
+            continue
+        record = json.loads(path.read_text())
+        for row in record["result"]["rows"]:
+            seconds = row["denoiser_seconds_per_image"]
+            rows.append(
+                [
+                    shape,
+                    row["name"],
+                    f"{seconds['median']:.3g} s ({seconds['least']:.3g}–{seconds['most']:.3g})",
+                    f"{row['to_uniform_16']:.3f}",
+                    f"{row['to_uniform_8']:.3f}",
+                ]
+            )
+    return _table(["shape", "", "denoiser, an image of 25 steps", "to uniform 16", "to uniform 8"], rows)
+
+
+def _policies() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "policies.json").read_text())
+    return found
+
+
+def _batches() -> str:
+    found = _policies()
+    sizes = list(next(iter(found.values()))["fab_by_batch"])
+    rows = [[name, *(f"{f['fab_by_batch'][s]:.2f}" for s in sizes)] for name, f in found.items()]
+    return _table(["FAB at a batch of", *sizes], rows)
+
+
+def _richness() -> str:
+    rows = []
+    for name, found in _policies().items():
+        rich = found["richness"]
+        rows.append([f"{name}: FAB", *(f"{v:.2f}" for v in rich["fab"]), f"{rich['spearman_fab']:.2f}"])
+        rows.append([f"{name}: q", *(f"{v:.3f}" for v in rich["q"]), f"{rich['spearman_q']:.2f}"])
+    return _table(
+        ["", "name", "+ keyword", "name, style", "sentence", "sentence + keywords", "rank correlation"], rows
+    )
+
+
+def _shares() -> str:
+    parts = []
+    for name in ("6-8-10", "8-16-32"):
+        row = _row(f"qlip:{name}")
+        recipe = PolicyRecipe.model_validate_json((CALIBRATION / "policies" / f"{name}.json").read_text())
+        assert row is not None
+        rows = []
+        for unit in recipe.units:
+            layer = next(n for n in row["share_of_layer"] if n.startswith((f"{unit}.", _LONE.get(unit, "?"))))
+            share = row["share_of_layer"][layer]
+            rows.append([unit, *(f"{100 * share.get(str(b), 0.0):.0f} %" for b in recipe.options)])
+        parts.append(_table([name, *(f"{b} bits" for b in recipe.options)], rows))
+    return "\n\n".join(parts)
+
+
+_LONE = {"stem": "conv_in", "out": "conv_out"}
+
+
+def _grids() -> str:
+    found = json.loads((RESULTS / "grids.json").read_text())
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, errors in found["centred"].items():
+        kind = "time_emb_proj" if name.endswith("time_emb_proj") else "all other Linear and 1x1 Conv2d"
+        groups[kind].append(errors["8"][0] / errors["8"][1])
+    rows = [
+        [f"centred grid, {kind}", str(len(gains)), f"{np.median(gains):.2f}", f"{max(gains):.2f}"]
+        for kind, gains in groups.items()
+    ]
+    split = [errors["8"][0] / errors["8"][1] for errors in found["split"].values()]
+    weights = [one / two for one, two in found["split_weights"].values()]
+    for what, gains in (
+        ("split grid, inputs of conv1 behind a skip", split),
+        ("split scales, weights of conv1 and conv_shortcut", weights),
+    ):
+        rows.append([what, str(len(gains)), f"{np.median(gains):.2f}", f"{max(gains):.2f}"])
+    return _table(["", "layers", "error, one grid / finer: median", "most"], rows)
+
+
+TABLES = {
+    "main": _main,
+    "against-w4a16": lambda: _ratios("qlip:8-16-32", ("w4a16", "w4a8")),
+    "against-baselines": lambda: _ratios(
+        "qlip:6-8-10", ("w4a8", "w4a6", "random:6-8-10", "timestep:6-8-10", "static:6-8-10")
+    ),
+    "t2q": _t2q,
+    "weights": _weights,
+    "seconds": _seconds,
+    "batches": _batches,
+    "richness": _richness,
+    "shares": _shares,
+    "grids": _grids,
+}
