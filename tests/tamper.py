@@ -53,6 +53,11 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def truncate_text(path: Path) -> None:
+    """Cut more than a final newline off."""
+    path.write_bytes(path.read_bytes()[:-10])
+
+
 def alter_engine(bundle: Path, block: str, bits: int, change: Callable[[Any], Any]) -> None:
     """Compile a block with other biases and vouch for it in the manifest: whole, but wrong."""
     import numpy as np

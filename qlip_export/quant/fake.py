@@ -49,7 +49,7 @@ def round_rows(x: Tensor, grids: Tensor) -> Tensor:
         x: (N, ...), any float dtype.
         grids: (N or 1, 3) float32, a `Grid` for each sample.
     """
-    rows = _as_rows(x)
+    rows = _as_rows(x, x)
     rounded: Tensor = _fused(_round)(rows, *grids[:, :, None].unbind(1))
     return _as_was(rounded, x)
 
@@ -79,11 +79,11 @@ class ChooseGrid(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of ``x`` and of ``weights``."""
         x, weights, grids = ctx.saved_tensors
-        rows, gradient = _as_rows(x), _as_rows(gradients[0].to(x.dtype))
-        inner = torch.stack(
-            [_fused(_inner)(rows, gradient, *grid[:, None, None].unbind(0)) for grid in grids], 1
-        )
-        passed = _fused(_pass)(rows, gradient, *grids[weights.argmax(1)][:, :, None].unbind(1))
+        rows, gradient = _as_rows(x, x), _as_rows(gradients[0].to(x.dtype), x)
+        chosen = grids[weights.argmax(1)][:, :, None].unbind(1)
+        # As a list, so that the compiler unrolls the options: one kernel reads ``x`` and the gradient once.
+        each = grids.view(-1, 1, 1).unbind(0)
+        passed, inner = _fused(_choice_gradients)(rows, gradient, *chosen, *each)
         return _as_was(passed, x), inner, None
 
 
@@ -172,32 +172,41 @@ def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(step > 0, grid, torch.where(step < 0, wide.half().float(), wide)).to(x.dtype)
 
 
-def _inner(x: Tensor, gradient: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return (_round(x, step, low, high).float() * gradient.float()).sum(1)
+def _choice_gradients(
+    x: Tensor, gradient: Tensor, step: Tensor, low: Tensor, high: Tensor, *grids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of ``x``, and its inner product with ``x`` on each grid, (N, options).
 
-
-def _pass(x: Tensor, gradient: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    ``step``, ``low``, ``high`` (N, 1) are those of the chosen grids, ``grids`` those of all options in turn.
+    """
     wide = x.float()
     inside = (step <= 0) | ((wide >= (low - 0.5) * step) & (wide <= (high + 0.5) * step))
-    return torch.where(inside, gradient, 0).to(gradient.dtype)
+    passed = torch.where(inside, gradient, 0).to(gradient.dtype)
+    inner = [
+        (_round(x, *grids[i : i + 3]).float() * gradient.float()).sum(1) for i in range(0, len(grids), 3)
+    ]
+    return passed, torch.stack(inner, 1)
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
     return compiled
 
 
-def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` as one kernel where launches and memory traffic cost more than compiling does."""
     if not torch.cuda.is_available():
         return function
     return lambda x, *rest: _compiled(function)(x, *rest) if x.is_cuda else function(x, *rest)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """Return ``x`` as (N, everything else), without a copy for both memory layouts of images."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+def _as_rows(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x`` as (N, everything else), without a copy if it has the memory layout of ``like``.
+
+    The elements are in the order of ``like``, so that rows of two tensors belong together.
+    """
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
 
