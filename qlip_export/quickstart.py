@@ -28,6 +28,9 @@ PROMPTS = (
     "an icon of alarm clock with time and wake, drawn in fluent color style",
 )
 
+STYLED = PROMPTS[3]
+"""Validated with: a prompt that leaves the style open may fall into another one by the last bit of a sum."""
+
 
 @dataclass(frozen=True)
 class QuickstartReport:
@@ -73,7 +76,7 @@ def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
     sheet = folder / "quickstart.png"
     with explained_os_errors(sheet), written_aside(sheet) as aside:
         contact_sheet(list(PROMPTS), columns).save(aside, format="PNG")
-    report = validate(bundle, prompt=PROMPTS[0], seed=0, model=None, progress=progress)
+    report = validate(bundle, prompt=STYLED, seed=0, model=None, progress=progress)
     return QuickstartReport(built, report, sheet, seconds)
 
 
