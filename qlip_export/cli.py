@@ -324,7 +324,7 @@ def evaluate(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="Name of the zoo or a folder in the diffusers layout.")],
-    stages: Annotated[str, typer.Option(help="Which of them to run.")] = "ranges,weights,t2q,q2b",
+    stages: Annotated[str, typer.Option(help="Of ranges, weights, t2q, q2b.")] = "ranges,weights,t2q,q2b",
     bit_options: Annotated[str, typer.Option(help="What the policy chooses among.")] = "8,16,32",
     unit: Annotated[str, typer.Option(help="The policy decides for every block or layer.")] = "block",
     blocks: Annotated[Blocks, typer.Option(help="Where the blocks are cut.")] = Blocks.coarse,
@@ -361,17 +361,23 @@ def calibrate(
     forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Images drawn at a time.")] = 32,
     limit: Annotated[
-        int | None, typer.Option(help="Prompts of a stage at most.", show_default="32 to 12,000 by stage")
+        int | None,
+        typer.Option(
+            help="Prompts at most, in every stage.", show_default="32, 256, 12000, 1500 of the four stages"
+        ),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="Of training.", show_default="1500 a block, 500 for the policy")
+        int | None,
+        typer.Option(
+            help="Training steps of weights and q2b.", show_default="1500 a block, 500 for the policy"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Where results go.", show_default="calibration/MODEL")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure activation ranges, learn 4-bit weights, train the policy; each stage is kept when it is done."""
+    """Measure activation ranges, learn 4-bit weights, train the policy; each stage is kept when done."""
     from qlip_export.calibrate import GENERIC_PROMPTS, read_prompts
     from qlip_export.calibrate.stages import CalibrateOptions, Calibration
     from qlip_export.progress import progress_for_terminal

@@ -55,7 +55,7 @@ class FeatureExtractor:
             QlipError: The model has no vision tower, or Inception cannot be loaded.
         """
         tower = Component(model / "image_encoder")
-        if not (tower.folder / "config.json").is_file():
+        if not has_vision_tower(model):
             raise QlipError(
                 f"{model} has no vision tower to take image features from",
                 expected="a CLIPVisionModelWithProjection in its folder image_encoder",
@@ -100,6 +100,11 @@ class FeatureExtractor:
         if self._inception is not None:
             features["inception"] = self._inception(pixels.contiguous())
         return {name: tensor.float().cpu().numpy() for name, tensor in features.items()}
+
+
+def has_vision_tower(model: Path) -> bool:
+    """Say whether a model folder has a vision tower."""
+    return (model / "image_encoder" / "config.json").is_file()
 
 
 def _load_inception(weights: Path) -> nn.Module:

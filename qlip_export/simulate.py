@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qlip_export.calibrate.ranges import load_pipeline
+from qlip_export.calibrate.ranges import load_pipeline, require_device
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
@@ -36,6 +36,25 @@ class Encoded:
 
     states: Tensor
     pooled: Tensor
+
+
+def text_projection(checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """Return the projection of a model's text encoder, (C, C_clip): T2Q begins with it.
+
+    Raises:
+        QlipError: The checkpoint has none.
+    """
+    encoder = checkpoint.component("text_encoder")
+    try:
+        return encoder.get("text_projection.weight").astype(np.float32)
+    except QlipError as error:
+        raise QlipError(
+            f"the text encoder of {checkpoint.folder} has no projection to learn quality from",
+            expected="text_projection.weight, as CLIPTextModelWithProjection saves it",
+            found=error.problem,
+            fix="save that of the CLIP model it comes from beside its weights, "
+            "or --stages ranges,weights for uniform bits",
+        ) from error
 
 
 class Simulator:
@@ -69,8 +88,7 @@ class Simulator:
         Raises:
             QlipError: No such device here, or ranges of another model.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise QlipError("there is no CUDA device here", expected="cpu", found=device, fix="--device cpu")
+        require_device(device)
         self.device = torch.device(device)
         self.checkpoint, self.scheduler, self.steps = checkpoint, scheduler, steps
         family = denoiser_family(checkpoint)
@@ -159,8 +177,7 @@ class Simulator:
         Raises:
             QlipError: The checkpoint has none.
         """
-        found = self.checkpoint.component("text_encoder").get("text_projection.weight")
-        return torch.from_numpy(found.astype(np.float32)).to(self.device)
+        return torch.from_numpy(text_projection(self.checkpoint)).to(self.device)
 
     def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         """Run the denoiser once.

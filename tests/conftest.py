@@ -62,6 +62,14 @@ def tiny_model(shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def towers(shared: Shared, tiny_model: Path) -> Path:
+    """The tiny model with the vision tower and the text projection of a CLIP model."""
+    from tests.tiny import write_towers
+
+    return shared("towers", lambda folder: write_towers(tiny_model, folder))
+
+
+@pytest.fixture(scope="session")
 def calibration(shared: Shared, tiny_model: Path) -> Path:
     """Activation ranges of the tiny model, as `qlip-export calibrate` writes them."""
 

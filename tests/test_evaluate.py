@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,50 +19,15 @@ from qlip_export.progress import Silent
 from qlip_export.reference import psnr
 from qlip_export.renderers import POLICY, EngineRenderer, SimulatorRenderer
 from qlip_export.runtime.pipeline import seeded_noise
-from tests.conftest import STEPS, Cli, Shared
+from tests.conftest import STEPS, Cli
 from tests.test_cli import one_error, told
-from tests.tiny import IMAGE_SIZE, LATENT_SIZE, TEXT_WIDTH, WORDS
+from tests.tiny import IMAGE_SIZE, LATENT_SIZE, WORDS
 
 PROMPTS = [f"a {word}" for word in WORDS[5:11]]
 LATENTS = np.stack([seeded_noise(seed, (4, LATENT_SIZE, LATENT_SIZE)) for seed in range(len(PROMPTS))])
 LEAST_PSNR = {"8": 33.0, "16": 45.0, "32": 70.0, POLICY: 48.0}
 """dB. What is not on an INT8 grid is BF16 in the engines and FP32 in the simulator. That moves values across
 edges of the grid, and random weights carry on what was moved: at 8 bits, a step tells more than an image."""
-
-
-@pytest.fixture(scope="module")
-def towers(shared: Shared, tiny_model: Path) -> Path:
-    """The tiny model with CLIP towers of random weights."""
-
-    def make(folder: Path) -> None:
-        import torch
-        from transformers import (
-            CLIPTextConfig,
-            CLIPTextModelWithProjection,
-            CLIPVisionConfig,
-            CLIPVisionModelWithProjection,
-        )
-
-        shutil.copytree(tiny_model, folder)
-        config = CLIPTextConfig.from_pretrained(tiny_model / "text_encoder", projection_dim=TEXT_WIDTH)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            text = CLIPTextModelWithProjection(config)
-            vision = CLIPVisionModelWithProjection(
-                CLIPVisionConfig(
-                    hidden_size=32,
-                    intermediate_size=64,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    image_size=IMAGE_SIZE,
-                    patch_size=8,
-                    projection_dim=TEXT_WIDTH,
-                )
-            )
-        text.save_pretrained(folder / "text_encoder")
-        vision.save_pretrained(folder / "image_encoder")
-
-    return shared("towers", make)
 
 
 def drawn(renderer: Any, configuration: str) -> tuple[list[Image.Image], np.ndarray]:

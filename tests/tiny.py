@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -80,6 +81,36 @@ def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_towers(model: Path, folder: Path) -> Path:
+    """Copy ``model`` and give the copy the towers of a CLIP model, of random weights."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    shutil.copytree(model, folder)
+    config = CLIPTextConfig.from_pretrained(model / "text_encoder", projection_dim=TEXT_WIDTH)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = CLIPTextModelWithProjection(config)
+        vision = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=IMAGE_SIZE,
+                patch_size=8,
+                projection_dim=TEXT_WIDTH,
+            )
+        )
+    text.save_pretrained(folder / "text_encoder")
+    vision.save_pretrained(folder / "image_encoder")
     return folder
 
 

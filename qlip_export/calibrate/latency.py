@@ -55,12 +55,30 @@ def measure_latencies(bundle: Path, path: Path) -> Latencies:
     return found
 
 
+def read_latencies(path: Path) -> Latencies:
+    """Return the times that an earlier run measured.
+
+    Raises:
+        QlipError: There are none.
+    """
+    try:
+        return Latencies.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise QlipError(
+            "the latency cost needs measured times",
+            expected=f"a bundle to measure, or {path} from an earlier run",
+            found=str(error).splitlines()[0],
+            fix="--bundle with a bundle of this model, built at these bits",
+        ) from error
+
+
 def latency_costs(
     bundle: Path | None,
     path: Path,
     options: Sequence[int],
     layers: Mapping[str, tuple[str, str, int]],
     units: Sequence[str],
+    fingerprint: str,
 ) -> Tensor:
     """Return the milliseconds of each unit at each option, (K, options) float32, above the cheapest one.
 
@@ -72,22 +90,19 @@ def latency_costs(
         options: Bit options.
         layers: By name: block, unit and multiply-accumulates.
         units: Names of the K units.
+        fingerprint: Of the denoiser that the times must be of.
 
     Raises:
-        QlipError: No times, or none for a block or an option.
+        QlipError: No times, those of another model, or none for a block or an option.
     """
-    if bundle is not None:
-        times = measure_latencies(bundle, path)
-    else:
-        try:
-            times = Latencies.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError) as error:
-            raise QlipError(
-                "the latency cost needs measured times",
-                expected=f"a bundle to measure, or {path} from an earlier run",
-                found=str(error).splitlines()[0],
-                fix="--bundle engines/emoji",
-            ) from error
+    times = read_latencies(path) if bundle is None else measure_latencies(bundle, path)
+    if times.fingerprint != fingerprint:
+        raise QlipError(
+            f"the times in {path} are those of another model",
+            expected=f"fingerprint {fingerprint[:16]}…",
+            found=f"{times.fingerprint[:16]}…",
+            fix="--bundle with a bundle of this model",
+        )
     macs_of_block: dict[str, int] = defaultdict(int)
     for block, _, macs in layers.values():
         macs_of_block[block] += macs

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ TAILS = (1.0, 99.0)
 """Percentiles of the raw label that become 0 and 1."""
 HELD_OUT = 0.1
 """Share of the labelled prompts kept for measuring."""
+LEAST_LABELS = 20
+"""Labelled images below which there is nothing to learn or to compare with."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,10 @@ class Drawn:
     Attributes:
         features: (N, D) float32, of the vision tower.
         complexity: (N,) float32, mean gradient magnitude of the image (section C).
-        length: (N,) float32, tokens of the prompt, cut to what the text encoder takes.
     """
 
     features: NDArray[np.float32]
     complexity: NDArray[np.float32]
-    length: NDArray[np.float32]
 
 
 def draw(
@@ -75,7 +76,7 @@ def draw(
             found.append(features(images).float().cpu().numpy())
             complexity.append(gradient_magnitude(images).numpy())
         on_images(len(part))
-    return Drawn(np.concatenate(found), np.concatenate(complexity), prompt_lengths(simulator, prompts))
+    return Drawn(np.concatenate(found), np.concatenate(complexity))
 
 
 def gradient_magnitude(images: Tensor) -> Tensor:
@@ -93,27 +94,56 @@ def prompt_lengths(simulator: Simulator, prompts: Sequence[str]) -> NDArray[np.f
 
 
 def giqa(
-    reference: NDArray[np.float32], features: NDArray[np.float32], *, mixture: int, seed: int
+    reference: NDArray[np.float32] | None, features: NDArray[np.float32], *, mixture: int, seed: int
 ) -> NDArray[np.float32]:
     """Return the log-likelihood of ``features`` (N, D) under a Gaussian mixture fitted to ``reference``.
 
+    Without a reference each half of the images is judged by the other: in a mixture fitted to itself, an
+    image unlike all others gets a Gaussian of its own and looks most likely of all.
+
     The features are first projected to the principal components that hold 95 % of the variance, as in GIQA's
     code; without that the noise of the smallest directions would decide.
+
+    Raises:
+        QlipError: Too few reference images, or features of another network.
     """
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
 
-    projection = PCA(n_components=VARIANCE_KEPT, svd_solver="full", random_state=seed).fit(reference)
-    fitted = GaussianMixture(
-        n_components=min(mixture, max(1, len(reference) // 20)), reg_covar=1e-4, random_state=seed
-    ).fit(projection.transform(reference))
-    scores: NDArray[np.float32] = fitted.score_samples(projection.transform(features)).astype(np.float32)
+    known = features if reference is None else reference
+    if len(known) < LEAST_LABELS:
+        raise QlipError(
+            "too few images to judge others by",
+            expected=f"{LEAST_LABELS} or more",
+            found=str(len(known)),
+            fix="--reference with more images, or none",
+        )
+    if known.shape[1:] != features.shape[1:]:
+        raise QlipError(
+            "the reference features are not of the model's vision tower",
+            expected=f"{features.shape[1]} numbers an image",
+            found="x".join(map(str, known.shape[1:])),
+            fix="--reference with a folder of images",
+        )
+    projection = PCA(n_components=VARIANCE_KEPT, svd_solver="full", random_state=seed).fit(known)
+
+    def likelihood(of: NDArray[np.float32], among: NDArray[np.float32]) -> NDArray[np.float32]:
+        count = min(mixture, max(1, len(among) // 20))
+        fitted = GaussianMixture(n_components=count, reg_covar=1e-4, random_state=seed).fit(among)
+        scores: NDArray[np.float32] = fitted.score_samples(of).astype(np.float32)
+        return scores
+
+    points = projection.transform(features)
+    if reference is not None:
+        return likelihood(points, projection.transform(reference))
+    scores = np.empty(len(points), np.float32)
+    scores[::2], scores[1::2] = likelihood(points[::2], points[1::2]), likelihood(points[1::2], points[::2])
     return scores
 
 
 def raw_labels(
     drawn: Drawn,
-    criterion: Criterion,
+    criterion: Literal["quality", "complexity"],
     reference: NDArray[np.float32] | None,
     *,
     mixture: int = MIXTURE,
@@ -123,18 +153,14 @@ def raw_labels(
 
     Args:
         drawn: The images.
-        criterion: Which label.
+        criterion: Which label; prompt lengths need no images.
         reference: Features that GIQA's mixture is fitted to: those of real images, or of ``drawn`` itself.
         mixture: Gaussians.
         seed: Of the mixture's start.
     """
     if criterion == "complexity":
         return drawn.complexity
-    if criterion == "length":
-        return drawn.length
-    return giqa(
-        drawn.features if reference is None else reference, drawn.features, mixture=mixture, seed=seed
-    )
+    return giqa(reference, drawn.features, mixture=mixture, seed=seed)
 
 
 def scaled(raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:
@@ -181,8 +207,10 @@ def train_t2q(
     """
     from scipy.stats import pearsonr, spearmanr
 
-    if len(labels) < 20:
-        raise QlipError("too few labelled prompts", expected="20 or more", found=str(len(labels)))
+    if len(labels) < LEAST_LABELS:
+        raise QlipError(
+            "too few labelled prompts", expected=f"{LEAST_LABELS} or more", found=str(len(labels))
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     kept = max(3, round(HELD_OUT * len(labels)))
@@ -207,11 +235,13 @@ def train_t2q(
     with torch.no_grad():
         predicted = network.eval()(inputs[test]).numpy()
     truth = labels[test.numpy()]
+    # What does not vary correlates with nothing.
+    varies = bool(np.ptp(predicted) > 0 and np.ptp(truth) > 0)
     return Trained(
         network,
         kept,
-        float(spearmanr(predicted, truth).statistic),
-        float(pearsonr(predicted, truth).statistic),
+        float(spearmanr(predicted, truth).statistic) if varies else 0.0,
+        float(pearsonr(predicted, truth).statistic) if varies else 0.0,
     )
 
 

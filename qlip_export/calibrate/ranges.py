@@ -77,8 +77,9 @@ def measure_ranges(
         on_step: Called after each denoiser step, ``len(prompts) * steps`` times or a few more (PNDM).
 
     Raises:
-        QlipError: An activation is not finite.
+        QlipError: An activation is not finite, or there is no such device here.
     """
+    require_device(device)
     pipeline = load_pipeline(checkpoint).to(device)
     pipeline.scheduler = scheduler_from_config(scheduler, dict(pipeline.scheduler.config))
     family = denoiser_family(checkpoint)
@@ -116,6 +117,16 @@ def measure_ranges(
         recipe=recipe,
         layers={name: histogram.range() for name, histogram in histograms.items()},
     )
+
+
+def require_device(device: str) -> None:
+    """Refuse a GPU where there is none.
+
+    Raises:
+        QlipError: There is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise QlipError("there is no CUDA device here", expected="cpu", found=device, fix="--device cpu")
 
 
 def load_pipeline(checkpoint: Checkpoint) -> Any:

@@ -6,7 +6,7 @@ A stage whose recipe is already there, made with the same settings, is not run a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +18,29 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from qlip_export.calibrate.bits import LEARNING_RATE, Plan, bit_costs, train_q2b
-from qlip_export.calibrate.latency import latency_costs
-from qlip_export.calibrate.quality import MIXTURE, Drawn, draw, predicted, raw_labels, scaled, train_t2q
-from qlip_export.calibrate.ranges import measure_ranges
+from qlip_export.bundle import Bundle
+from qlip_export.calibrate.bits import LAMBDA_BIT, LEARNING_RATE, Plan, bit_costs, train_q2b
+from qlip_export.calibrate.latency import latency_costs, read_latencies
+from qlip_export.calibrate.quality import (
+    LEAST_LABELS,
+    MIXTURE,
+    Drawn,
+    draw,
+    predicted,
+    prompt_lengths,
+    raw_labels,
+    scaled,
+    train_t2q,
+)
+from qlip_export.calibrate.ranges import measure_ranges, require_device
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import blocks_of, learn_rounding, quantized_weights
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
-from qlip_export.features import FeatureExtractor, images_of, joined
-from qlip_export.files import content_key, written_aside
-from qlip_export.policy.q2b import Part
+from qlip_export.features import FeatureExtractor, has_vision_tower, images_of, joined
+from qlip_export.files import content_key, sha256_of, written_aside
+from qlip_export.policy.q2b import Part, check_parts
 from qlip_export.policy.store import (
     Criterion,
     Policy,
@@ -40,15 +51,18 @@ from qlip_export.policy.store import (
     policy_name,
 )
 from qlip_export.progress import Progress
-from qlip_export.quant.ranges import Ranges
+from qlip_export.quant.ranges import RANGE_BITS, Ranges, Recipe
 from qlip_export.quant.rounding import LearnedRounding, RoundingRecipe
 from qlip_export.quant.weights import round_to_nearest
-from qlip_export.simulate import Simulator
-from qlip_export.spec import Frozen, Granularity, container_of
+from qlip_export.simulate import Simulator, text_projection
+from qlip_export.spec import Container, Frozen, Granularity, container_of
 
 Stage = Literal["ranges", "weights", "t2q", "q2b"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 WEIGHT_BITS = 4
+SAID_LATELY = ("reference_sha256", "ranges_sha256", "weights")
+"""Fields that recipes lack which were written before there was such a field."""
+_UNIFORM = "--stages ranges,weights for uniform bits"
 
 
 class CalibrateOptions(Frozen):
@@ -68,7 +82,7 @@ class CalibrateOptions(Frozen):
     device: Literal["cpu", "cuda"] = "cpu"
     steps: int = Field(25, ge=1, le=1000)
     scheduler: str = "dpmsolver++"
-    guidance: float = 4.0
+    guidance: float = Field(4.0, allow_inf_nan=False)
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, ge=1, description="images drawn at a time")
     limit: int | None = Field(None, ge=1, description="prompts of each stage at most")
@@ -78,31 +92,44 @@ class CalibrateOptions(Frozen):
 
     @field_validator("bit_options")
     @classmethod
-    def _increasing(cls, options: tuple[int, ...]) -> tuple[int, ...]:
+    def _measurable(cls, options: tuple[int, ...]) -> tuple[int, ...]:
         for option in options:
-            container_of(option)
-        if not 2 <= len(options) <= 4 or list(options) != sorted(set(options)):
-            raise QlipError(
-                "two to four increasing bit options are needed",
-                expected="e.g. 8,16,32",
-                found=",".join(map(str, options)),
-            )
+            if container_of(option) is Container.INT8 and option not in RANGE_BITS:
+                raise QlipError(
+                    f"no activation ranges are measured for {option} bits",
+                    expected=", ".join(str(b) for b in RANGE_BITS if b <= 8),
+                    found=str(option),
+                )
         return options
 
     @model_validator(mode="after")
-    def _one_weight(self) -> CalibrateOptions:
+    def _consistent(self) -> CalibrateOptions:
+        check_parts(self.bit_options, frozenset(self.learned_parts))
         if self.lambda_bit is not None and self.target_fab is not None:
             raise QlipError(
                 "lambda_bit and a target FAB exclude each other", fix="give one of --lambda-bit, --target-fab"
+            )
+        low, high = self.bit_options[0], self.bit_options[-1]
+        if self.target_fab is not None and not low <= self.target_fab <= high:
+            raise QlipError(
+                "no choice of bits has the target FAB",
+                expected=f"{low} to {high}, as --bit-options",
+                found=f"{self.target_fab:g}",
+            )
+        if self.groups > self.steps and "q2b" in self.stages:
+            raise QlipError(
+                "more timestep groups than sampling steps",
+                expected=f"--groups of at most {self.steps}",
+                found=str(self.groups),
             )
         return self
 
     @property
     def learned_parts(self) -> tuple[Part, ...]:
         """The parts to learn: those asked for, or all that fit."""
-        if self.parts is not None:
-            return self.parts
-        return ("q",) if len(self.bit_options) == 2 else ("q", "m", "h")
+        if self.parts is None:
+            return ("q",) if len(self.bit_options) == 2 else ("q", "m", "h")
+        return tuple(part for part in get_args(Part) if part in self.parts)
 
     def first(self, prompts: Sequence[str], count: int) -> list[str]:
         """Return the first ``count`` prompts, or fewer if there is a limit."""
@@ -158,6 +185,7 @@ class Calibration:
             QlipError: A stage lacks the result of one before it, or anything else the user can mend.
         """
         self._progress = progress
+        self._check()
         stages = {"ranges": self.ranges, "weights": self.weights, "t2q": self.t2q, "q2b": self.q2b}
         files: dict[str, str] = {name: str(stages[name]()) for name in STAGES if name in self._options.stages}
         return CalibrationReport(
@@ -167,35 +195,58 @@ class Calibration:
             measured={k: round(v, 6) for k, v in self._measured.items()},
         )
 
+    def _check(self) -> None:
+        """Refuse now what a later stage would refuse after hours of work."""
+        options, folder = self._options, self._checkpoint.folder
+        require_device(options.device)
+        if "t2q" in options.stages:
+            count = len(options.first(self._prompts, SIZES.label_prompts))
+            if count < LEAST_LABELS:
+                raise QlipError(
+                    "too few prompts to learn a policy from",
+                    expected=f"{LEAST_LABELS} or more; the emoji model has 12,000",
+                    found=str(count),
+                    fix=f"--prompts with a longer file, or {_UNIFORM}",
+                )
+            text_projection(self._checkpoint)
+            if options.criterion == "quality" and not has_vision_tower(folder):
+                raise QlipError(
+                    f"{folder} has no vision tower to judge images by",
+                    expected="a CLIPVisionModelWithProjection in its folder image_encoder",
+                    found=f"no {folder / 'image_encoder' / 'config.json'}",
+                    fix=f"--criterion complexity, which needs none, or {_UNIFORM}",
+                )
+            _ = self._reference
+        if "q2b" in options.stages and options.cost == "latency":
+            if options.bundle is None:
+                read_latencies(self._latencies)
+            else:
+                Bundle.open(options.bundle)
+
     @cached_property
     def denoiser(self) -> str:
         """Fingerprint of the denoiser."""
         return self._checkpoint.component(self._family.denoiser_folder).fingerprint
 
+    @property
+    def _latencies(self) -> Path:
+        return self._folder / "latency.json"
+
     def ranges(self) -> Path:
         """Measure activation ranges; return their file."""
         path, options = self._folder / "ranges.json", self._options
         prompts = options.first(self._prompts, SIZES.range_prompts)
-        if path.is_file():
-            found = Ranges.load(path)
-            recipe = found.recipe
-            if (
-                found.fingerprint,
-                recipe.prompts_sha256,
-                recipe.steps,
-                recipe.scheduler,
-                recipe.guidance,
-                recipe.seed,
-            ) == (
-                self.denoiser,
-                hash_of(prompts),
-                options.steps,
-                options.scheduler,
-                options.guidance,
-                options.seed,
-            ):
-                self._reused.append("ranges")
-                return path
+        recipe = Recipe(
+            prompts_sha256=hash_of(prompts),
+            prompts=len(prompts),
+            steps=options.steps,
+            scheduler=options.scheduler,
+            guidance=options.guidance,
+            seed=options.seed,
+        )
+        settings = {"fingerprint": self.denoiser, "recipe": recipe.model_dump()}
+        if self._is_there("ranges", path, settings, lambda: Ranges.load(path)):
+            return path
         self._progress.stage("ranges", len(prompts) * options.steps)
         ranges = measure_ranges(
             self._checkpoint,
@@ -229,8 +280,7 @@ class Calibration:
             "batch": min(SIZES.weight_batch, samples),
             "seed": options.seed,
         }
-        if path.is_file() and settings.items() <= LearnedRounding.load(path).recipe.model_dump().items():
-            self._reused.append("weights")
+        if self._is_there("weights", path, settings, lambda: LearnedRounding.load(path).recipe):
             return path
         simulator = self.simulator()
         trajectories = self.record(simulator, prompts)
@@ -262,7 +312,7 @@ class Calibration:
         options, criterion = self._options, self._options.criterion
         path = Quality.path(self._folder, criterion)
         prompts = options.first(self._prompts, SIZES.label_prompts)
-        reference = self._reference_features()
+        reference = self._reference
         settings = {
             "text_encoder": self._checkpoint.component("text_encoder").fingerprint,
             "denoiser": self.denoiser,
@@ -270,6 +320,7 @@ class Calibration:
             "prompts": len(prompts),
             "prompts_sha256": hash_of(prompts),
             "reference": None if reference is None else len(reference),
+            "reference_sha256": None if reference is None else hashlib.sha256(reference.tobytes()).hexdigest(),
             "steps": options.steps,
             "scheduler": options.scheduler,
             "guidance": options.guidance,
@@ -277,15 +328,13 @@ class Calibration:
             "mixture": MIXTURE if criterion == "quality" else None,
             "epochs": SIZES.epochs,
         }
-        if (
-            path.is_file()
-            and settings.items() <= Quality.load(self._folder, criterion).recipe.model_dump().items()
-        ):
-            self._reused.append("t2q")
+        if self._is_there("t2q", path, settings, lambda: Quality.load(self._folder, criterion).recipe):
             return path
         simulator = self.simulator()
-        drawn = self._drawn(simulator, prompts)
-        raw = raw_labels(drawn, criterion, reference, seed=options.seed)
+        if criterion == "length":
+            raw = prompt_lengths(simulator, prompts)
+        else:
+            raw = raw_labels(self._drawn(simulator, prompts), criterion, reference, seed=options.seed)
         labels, low, high = scaled(raw)
         self._progress.stage("t2q", 1)
         self._progress.item(f"{SIZES.epochs} epochs")
@@ -320,20 +369,8 @@ class Calibration:
         iterations = options.iterations or SIZES.bit_iterations
         simulator = self.simulator(quantized=True)
         units, unit_of_layer = self._units(simulator)
-        plan = Plan(
-            options=options.bit_options,
-            parts=frozenset(options.learned_parts),
-            units=units,
-            unit_of_layer=unit_of_layer,
-            costs=self._costs(simulator, units, unit_of_layer),
-            groups=options.groups,
-            forced_steps=options.forced_steps,
-            lambda_bit=options.lambda_bit,
-            target_fab=options.target_fab,
-            iterations=iterations,
-            batch=min(SIZES.bit_batch, 4 * len(prompts)),
-            seed=options.seed,
-        )
+        batch = min(SIZES.bit_batch, 4 * len(prompts))
+        rounding = self._folder / "weights.safetensors"
         recipe = {
             "denoiser": self.denoiser,
             "options": options.bit_options,
@@ -352,18 +389,32 @@ class Calibration:
             "prompts": len(prompts),
             "prompts_sha256": hash_of(prompts),
             "iterations": iterations,
-            "batch": plan.batch,
+            "batch": batch,
             "learning_rate": LEARNING_RATE,
             "seed": options.seed,
             "target_fab": options.target_fab,
+            "ranges_sha256": sha256_of(self._folder / "ranges.json"),
+            "weights": sha256_of(rounding) if rounding.is_file() else "nearest",
         }
+        if options.target_fab is None:
+            recipe["lambda_bit"] = options.lambda_bit or LAMBDA_BIT
         path = Policy.path(self._folder, name)
-        if path.is_file():
-            found = Policy.load(self._folder, name).recipe
-            same_lambda = options.lambda_bit in (None, found.lambda_bit)
-            if same_lambda and recipe.items() <= found.model_dump().items():
-                self._reused.append("q2b")
-                return path
+        if self._is_there("q2b", path, recipe, lambda: Policy.load(self._folder, name).recipe):
+            return path
+        plan = Plan(
+            options=options.bit_options,
+            parts=frozenset(options.learned_parts),
+            units=units,
+            unit_of_layer=unit_of_layer,
+            costs=self._costs(simulator, units, unit_of_layer),
+            groups=options.groups,
+            forced_steps=options.forced_steps,
+            lambda_bit=options.lambda_bit,
+            target_fab=options.target_fab,
+            iterations=iterations,
+            batch=batch,
+            seed=options.seed,
+        )
         trajectories = self.record(self.simulator(), prompts)
         self._progress.stage("q2b", iterations)
         qualities = predicted(self._folder, options.criterion, simulator, prompts)
@@ -386,6 +437,7 @@ class Calibration:
         path = self._folder / "ranges.json"
         if quantized:
             ranges = Ranges.load(path)
+            ranges.check(self.denoiser, set(), path)
         simulator = Simulator(
             self._checkpoint,
             device=options.device,
@@ -416,9 +468,28 @@ class Calibration:
             on_batch=lambda: self._progress.item(""),
         )
 
+    def _is_there(
+        self, stage: Stage, path: Path, settings: Mapping[str, object], load: Callable[[], Frozen]
+    ) -> bool:
+        """Say whether the result of a stage is there, whole, and made with these settings."""
+        if not path.is_file():
+            return False
+        try:
+            found = load().model_dump()
+        except QlipError:
+            self._progress.note(f"{path} is damaged or not of this version: it is made again")
+            return False
+        # What older recipes do not say cannot differ.
+        unsaid = {name for name in SAID_LATELY if found.get(name) is None}
+        if any(found[name] != value for name, value in settings.items() if name not in unsaid):
+            return False
+        self._reused.append(stage)
+        return True
+
     def _drawn(self, simulator: Simulator, prompts: list[str]) -> Drawn:
         """Draw the images to label, or read what an earlier run kept of them: this takes the longest."""
         options = self._options
+        judged = options.criterion == "quality"
         key = content_key(
             "drawn",
             self.denoiser,
@@ -430,20 +501,26 @@ class Calibration:
             options.guidance,
             options.seed,
         )
+        # Images drawn for another criterion will do, if that needed features or this one does not.
         path = self._folder / ".cache" / f"drawn-{key}.safetensors"
-        if path.is_file():
-            from safetensors.numpy import load_file
+        plain = self._folder / ".cache" / f"complexity-{key}.safetensors"
+        for kept in (path,) if judged else (path, plain):
+            if kept.is_file():
+                from safetensors.numpy import load_file
 
-            try:
-                return Drawn(**{k: v.astype(np.float32) for k, v in load_file(path).items()})
-            except safetensors.SafetensorError:
-                path.unlink()  # an interrupted copy; drawing again mends it
-        extractor = FeatureExtractor(self._checkpoint.folder, device=options.device)
+                try:
+                    found = load_file(kept)
+                    return Drawn(found["features"], found["complexity"])
+                except safetensors.SafetensorError:
+                    kept.unlink()  # an interrupted copy; drawing again mends it
+        extractor = FeatureExtractor(self._checkpoint.folder, device=options.device) if judged else None
         self._progress.stage("draw", -(-len(prompts) // options.batch_size))
         drawn = draw(
             simulator,
             prompts,
-            lambda images: torch.from_numpy(extractor(images)["embedding"]),
+            lambda images: (
+                torch.from_numpy(extractor(images)["embedding"]) if extractor else torch.empty(len(images), 0)
+            ),
             guidance=options.guidance,
             seed=options.seed,
             batch_size=options.batch_size,
@@ -451,12 +528,13 @@ class Calibration:
         )
         from safetensors.numpy import save_file
 
-        with written_aside(path) as aside:
+        with written_aside(path if judged else plain) as aside:
             save_file({k: np.ascontiguousarray(v) for k, v in vars(drawn).items()}, aside)
         return drawn
 
-    def _reference_features(self) -> NDArray[np.float32] | None:
-        """Return features of the real images, (M, D), from a folder of images or a file of features."""
+    @cached_property
+    def _reference(self) -> NDArray[np.float32] | None:
+        """Features of the real images, (M, D), from a folder of images or a file of features."""
         path = self._options.reference
         if path is None or self._options.criterion != "quality":
             return None
@@ -495,7 +573,7 @@ class Calibration:
             return bit_costs(options.bit_options, unit_of_layer, len(units))
         return latency_costs(
             options.bundle,
-            self._folder / "latency.json",
+            self._latencies,
             options.bit_options,
             {
                 layer: (self._family.block_of(layer, options.granularity) or "", units[unit], macs)
@@ -507,6 +585,7 @@ class Calibration:
                 )
             },
             units,
+            self.denoiser,
         )
 
 

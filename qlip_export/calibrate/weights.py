@@ -91,13 +91,22 @@ def learn_rounding(
     scale: dict[str, NDArray[np.float32]] = {}
     errors: list[tuple[float, float]] = []
     flipped = 0
+    component = simulator.checkpoint.component(denoiser_family(simulator.checkpoint).denoiser_folder)
+
+    def weights(layer: str) -> Tensor:
+        # Those of the checkpoint, which the build rounds; on a GPU the denoiser holds them in FP16.
+        return torch.from_numpy(component.get(f"{layer}.weight").astype(np.float32))
+
     for name in blocks_of(quantized):
         on_block(name)
         block = quantized.get_submodule(name)
         targets = _collect(reference, name, model_inputs, batch, outputs=True)
         inputs = _collect(quantized, name, model_inputs, batch, outputs=False)
         inside = {f"{n}.weight" if n else "weight": m for n, m in block.named_modules() if id(m) in names}
-        learned = {key: _Rounding(names[id(m)], m.weight.data, bits) for key, m in inside.items()}
+        learned = {
+            key: _Rounding(names[id(m)], weights(names[id(m)]).to(m.weight.device), bits)
+            for key, m in inside.items()
+        }
         nearest = _error(block, {k: r.nearest() for k, r in learned.items()}, inputs, targets, batch)
         _learn(block, learned, inputs, targets, iterations, batch)
         after = _error(block, {k: r.hard() for k, r in learned.items()}, inputs, targets, batch)
@@ -206,10 +215,10 @@ def _sample_inputs(trajectories: Trajectories, samples: int) -> tuple[Tensor, Te
     prompts, steps = trajectories.inputs.shape[:2]
     device = trajectories.inputs.device
     number = torch.arange(samples, device=device)
-    # Every step equally often; prompts at random.
+    # Every step equally often, with the empty prompt every other time; prompts at random.
     step, prompt = number % steps, torch.randint(prompts, (samples,), device=device)
-    states = trajectories.states[prompt]
-    states = torch.where((number % 2 == 0).view(-1, 1, 1), trajectories.empty, states)
+    empty = (step + number // steps) % 2 == 0
+    states = torch.where(empty.view(-1, 1, 1), trajectories.empty, trajectories.states[prompt])
     return trajectories.inputs[prompt, step], trajectories.timesteps[step], states
 
 

@@ -47,19 +47,8 @@ class QualityToBits(nn.Module):
             QlipError: Options that do not increase, or parts that do not fit their number.
         """
         super().__init__()
-        options = tuple(options)
-        if not 2 <= len(options) <= 4 or list(options) != sorted(set(options)):
-            raise QlipError(
-                "two to four increasing bit options are needed", found=",".join(map(str, options))
-            )
-        allowed = _PARTS[len(options)]
-        if parts not in allowed:
-            raise QlipError(
-                f"these parts do not give {len(options)} options",
-                expected=" or ".join(",".join(sorted(p, key="qmh".index)) for p in allowed),
-                found=",".join(sorted(parts)),
-            )
-        self.options = options
+        check_parts(options, parts)
+        self.options = tuple(options)
         self.parts = parts
         self.slope = nn.Parameter(torch.full((units,), 4.0))
         self.offset = nn.Parameter(torch.zeros(units))
@@ -146,6 +135,27 @@ _PARTS: dict[int, tuple[frozenset[Part], ...]] = {
     3: (frozenset({"q", "m", "h"}), frozenset({"q", "m"}), frozenset({"q", "h"})),
     4: (frozenset({"q", "m", "h"}),),
 }
+
+
+def check_parts(options: Sequence[int], parts: frozenset[Part]) -> None:
+    """Refuse bit options and learned parts of which no policy can be made.
+
+    Raises:
+        QlipError: Options that are too few, too many or do not increase, or parts that do not fit them.
+    """
+    if not 2 <= len(options) <= 4 or list(options) != sorted(set(options)):
+        raise QlipError(
+            "two to four increasing bit options are needed",
+            expected="e.g. 8,16,32",
+            found=",".join(map(str, options)),
+        )
+    allowed = _PARTS[len(options)]
+    if parts not in allowed:
+        raise QlipError(
+            f"these parts do not give {len(options)} options",
+            expected=" or ".join(",".join(sorted(p, key="qmh".index)) for p in allowed),
+            found=",".join(sorted(parts, key="qmh".index)),
+        )
 
 
 def timestep_groups(steps: int, size: int) -> tuple[int, ...]:

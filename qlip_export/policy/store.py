@@ -38,6 +38,7 @@ class QualityRecipe(Frozen):
     reference: int | None = Field(
         None, description="real images that GIQA's mixture was fitted to; else the labelled ones themselves"
     )
+    reference_sha256: str | None = Field(None, description="of their features; older recipes do not say")
     steps: int
     scheduler: str
     guidance: float
@@ -76,6 +77,10 @@ class PolicyRecipe(Frozen):
     seed: int
     lambda_bit: float = Field(description="as it was at the end")
     target_fab: float | None = Field(description="FAB that lambda_bit was steered to, if any")
+    ranges_sha256: str | None = Field(None, description="of the ranges' file; older recipes do not say")
+    weights: str | None = Field(
+        None, description="SHA-256 of the learned rounding, or nearest; older recipes do not say"
+    )
     fab: float = Field(description="mean bits over units' layers and steps that training prompts get")
     error: float = Field(description="mean squared error of the guided prediction on training prompts")
 

@@ -82,7 +82,7 @@ def test_rounding_of_something_else_is_refused(
 )
 def test_damaged_file_is_refused(path: Path, damage: Callable[[Path], Any]) -> None:
     damage(path)
-    with pytest.raises(QlipError, match="cannot read learned rounding from .*weights.safetensors") as caught:
+    with pytest.raises(QlipError, match="cannot read learned rounding") as caught:
         LearnedRounding.load(path)
     assert "calibrate --stages weights" in str(caught.value.fix)
 

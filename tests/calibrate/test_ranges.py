@@ -76,7 +76,7 @@ def test_model_that_overflows_is_refused(tiny_model: Path, monkeypatch: pytest.M
         pipeline.unet.conv_in.weight.data.fill_(torch.inf)
         return pipeline
 
-    monkeypatch.setattr("qlip_export.calibrate.load_pipeline", broken)
+    monkeypatch.setattr("qlip_export.calibrate.ranges.load_pipeline", broken)
     with pytest.raises(QlipError, match="an activation is not finite"):
         measure_ranges(Checkpoint(tiny_model), PROMPTS[:1], steps=1)
 
