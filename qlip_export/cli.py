@@ -224,6 +224,12 @@ def validate(
         str, typer.Option(help="Prompt of the run whose activations are used.")
     ] = "a red apple",
     seed: Annotated[int, typer.Option(help="Seed of that run.")] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for inputs and reference outputs; prints polygraphy commands that use them."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every engine with the captured graph on real activations, and the image with diffusers."""
@@ -232,7 +238,7 @@ def validate(
     from qlip_export.validate import validate as run
 
     with progress_for_terminal() as progress:
-        report = run(bundle, prompt=prompt, seed=seed, model=model, progress=progress)
+        report = run(bundle, prompt=prompt, seed=seed, model=model, progress=progress, save=save)
     if as_json:
         print(report.model_dump_json())
     else:
@@ -357,6 +363,9 @@ def calibrate(
     scheduler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")] = "dpmsolver++",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Seed of noise and training.")] = 0,
+    estimator: Annotated[
+        str, typer.Option(help="How training chooses: argmax, as in the paper, or sampled.")
+    ] = "argmax",
     groups: Annotated[int, typer.Option(help="Timestep groups of the policy.")] = 5,
     forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Images drawn at a time.")] = 32,
@@ -401,6 +410,7 @@ def calibrate(
         scheduler=scheduler,
         guidance=guidance,
         seed=seed,
+        estimator=estimator,
         groups=groups,
         forced_steps=forced_steps,
         batch_size=batch_size,

@@ -189,6 +189,8 @@ def print_validation(report: ValidationReport) -> None:
     off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
     images = "" if report.images else "; images were not compared"
     console.print(f"all engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}")
+    for command in report.commands:
+        console.print(command, soft_wrap=True)
 
 
 def print_evaluation(report: EvaluationReport) -> None:

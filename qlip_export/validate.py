@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pydantic import Field
 
 from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, VariantEntry
 from qlip_export.errors import NotFiniteError, QlipError
+from qlip_export.parity import save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.pipeline import seeded_noise
@@ -27,6 +29,11 @@ from qlip_export.spec import REFERENCE_BITS, Container, Frozen, container_of, va
 from qlip_export.zoo import find_model
 
 Arrays = dict[str, NDArray[Any]]
+
+NOTE_INT8 = (
+    "INT8 cases were saved without a command: ONNX Runtime 1.32 breaks Q/DQ graphs by its default fusions, "
+    "and polygraphy cannot switch these off"
+)
 
 LEAST_PSNR = {Container.FLOAT: 45.0, Container.HALF: 30.0}
 """Least agreement, in dB, of the image with diffusers' own; INT8 rounds differently and drifts, so none."""
@@ -88,12 +95,19 @@ class ValidationReport(Frozen):
     rows: tuple[BlockRow, ...]
     policy: PolicyRow | None = Field(description="none where the bundle has no policy")
     images: tuple[ImageRow, ...]
+    commands: tuple[str, ...] = Field(description="polygraphy on the saved cases; none if nothing was saved")
     notes: tuple[str, ...]
     passed: bool
 
 
 def validate(
-    path: str | os.PathLike[str], *, prompt: str, seed: int, model: str | None, progress: Progress
+    path: str | os.PathLike[str],
+    *,
+    prompt: str,
+    seed: int,
+    model: str | None,
+    progress: Progress,
+    save: Path | None = None,
 ) -> ValidationReport:
     """Validate a bundle.
 
@@ -103,9 +117,10 @@ def validate(
         seed: Its seed.
         model: Model to compare the image with; the bundle's own source if absent.
         progress: Display.
+        save: Folder for the inputs and reference outputs of every engine, as polygraphy reads them.
 
     Raises:
-        QlipError: The bundle is damaged, or ONNX Runtime is not installed.
+        QlipError: The bundle is damaged, or ONNX Runtime is not installed, or polygraphy to ``save``.
     """
     if find_spec("onnxruntime") is None:
         raise QlipError("validation needs ONNX Runtime", fix='pip install "qlip-export[validate]"')
@@ -118,9 +133,11 @@ def validate(
     progress.stage("record", sampler_steps)
     recorded = _record(pipeline, prompt, seed, steps, lambda: progress.item(""))
     progress.stage("compare", len(bundle.manifest.blocks) * len(bundle.manifest.bits))
-    rows = _compare_blocks(pipeline, recorded, progress)
+    rows, commands = _compare_blocks(pipeline, recorded, progress, save)
     policy = _compare_policy(pipeline, prompt, seed)
     images, notes = _compare_images(pipeline, prompt, seed, model, progress)
+    if save is not None and any(container_of(b) is Container.INT8 for b in bundle.manifest.bits):
+        notes.append(NOTE_INT8)
     return ValidationReport(
         bundle=str(bundle.root),
         prompt=prompt,
@@ -129,6 +146,7 @@ def validate(
         rows=tuple(rows),
         policy=policy,
         images=tuple(images),
+        commands=tuple(commands),
         notes=tuple(notes),
         passed=all(r.passed for r in rows)
         and (policy is None or policy.passed)
@@ -165,12 +183,14 @@ def _record(
     return found
 
 
-def _compare_blocks(pipeline: TextToImage, recorded: list[Arrays], progress: Progress) -> list[BlockRow]:
+def _compare_blocks(
+    pipeline: TextToImage, recorded: list[Arrays], progress: Progress, save: Path | None
+) -> tuple[list[BlockRow], list[str]]:
     bundle = pipeline.bundle
-    rows = []
+    rows, commands = [], []
     values = [dict(arrays) for arrays in recorded]
     for block in bundle.manifest.blocks:
-        float32 = _reference_runner(bundle, block.variants[variant_name(REFERENCE_BITS)].onnx)
+        float32 = _Graph(bundle, block.variants[variant_name(REFERENCE_BITS)].onnx)
         inputs = [{name: v[name] for name in block.inputs} for v in values]
         exact = [float32(arrays) for arrays in inputs]
         for bits in bundle.manifest.bits:
@@ -179,12 +199,21 @@ def _compare_blocks(pipeline: TextToImage, recorded: list[Arrays], progress: Pro
             if variant.engine is None:
                 raise QlipError(f"{block.name} has no engine at {bits} bits", fix="build the bundle again")
             int8 = variant.container is Container.INT8
-            run = _reference_runner(bundle, variant.onnx) if int8 else None
-            expected = [run(arrays) for arrays in inputs] if run else exact
+            graph = _Graph(bundle, variant.onnx) if int8 or save else float32
+            expected = [graph(arrays) for arrays in inputs] if int8 else exact
             rows.append(_judge(pipeline, block, variant, variant.engine, inputs, expected, exact))
-        for value, outputs in zip(values, exact, strict=True):
-            value.update(outputs)
-    return rows
+            if save is not None:
+                case = f"{block.name}.{variant_name(bits)}"
+                feeds = [graph.feeds(arrays) for arrays in inputs]
+                outputs = [graph.as_outputs(arrays) for arrays in expected]
+                onnx = bundle.file(variant.onnx)
+                command = save_case(save, case, onnx, feeds, outputs, rows[-1].tolerance)
+                commands += (
+                    [] if int8 else [command]
+                )  # ONNX Runtime's default fusions break Q/DQ, see NOTE_INT8
+        for value, made in zip(values, exact, strict=True):
+            value.update(made)
+    return rows, commands
 
 
 def _judge(
@@ -233,25 +262,32 @@ def _judge(
     )
 
 
-def _reference_runner(bundle: Bundle, onnx: str) -> Callable[[Arrays], Arrays]:
-    """Return a function that runs an ONNX file of the bundle in ONNX Runtime; what comes out is float32."""
-    import onnxruntime as ort
+class _Graph:
+    """An ONNX file of the bundle in ONNX Runtime, as written: no fusion may change what is computed."""
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Reference means as written: no fusion may change what is computed.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(bundle.file(onnx), options, providers=["CPUExecutionProvider"])
-    kinds = {"tensor(float16)": np.float16, "tensor(int64)": np.int64}
-    dtypes = {i.name: kinds.get(i.type, np.float32) for i in session.get_inputs()}
-    names = [o.name for o in session.get_outputs()]
+    def __init__(self, bundle: Bundle, onnx: str) -> None:
+        import onnxruntime as ort
 
-    def run(arrays: Arrays) -> Arrays:
-        feeds = {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
-        outputs = session.run(names, feeds)
-        return {name: out.astype(np.float32) for name, out in zip(names, outputs, strict=True)}
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = ort.InferenceSession(bundle.file(onnx), options, providers=["CPUExecutionProvider"])
+        kinds = {"tensor(float16)": np.float16, "tensor(int64)": np.int64}
+        self._inputs = {i.name: kinds.get(i.type, np.float32) for i in self._session.get_inputs()}
+        self._outputs = {o.name: kinds.get(o.type, np.float32) for o in self._session.get_outputs()}
 
-    return run
+    def feeds(self, arrays: Arrays) -> Arrays:
+        """Return the graph's inputs among ``arrays``, in its dtypes."""
+        return {name: arrays[name].astype(dtype) for name, dtype in self._inputs.items()}
+
+    def as_outputs(self, arrays: Arrays) -> Arrays:
+        """Return the graph's outputs among ``arrays``, in its dtypes."""
+        return {name: arrays[name].astype(dtype) for name, dtype in self._outputs.items()}
+
+    def __call__(self, arrays: Arrays) -> Arrays:
+        """Run the graph; what comes out is float32."""
+        outputs = self._session.run(list(self._outputs), self.feeds(arrays))
+        return {name: out.astype(np.float32) for name, out in zip(self._outputs, outputs, strict=True)}
 
 
 def _compare_policy(pipeline: TextToImage, prompt: str, seed: int) -> PolicyRow | None:
@@ -260,8 +296,8 @@ def _compare_policy(pipeline: TextToImage, prompt: str, seed: int) -> PolicyRow 
         return None
     size = bundle.manifest.shapes.batch_size
     ids = PromptTokenizer(bundle)([prompt] * 2 * size).ids
-    encoded = _reference_runner(bundle, bundle.manifest.text_encoder.onnx)({"input_ids": ids})
-    graph = _reference_runner(bundle, policy.onnx)({"pooled": encoded["pooled"][:size]})
+    encoded = _Graph(bundle, bundle.manifest.text_encoder.onnx)({"input_ids": ids})
+    graph = _Graph(bundle, policy.onnx)({"pooled": encoded["pooled"][:size]})
     expected = float(graph["quality"][0])
     decided = [[choice.at(expected) for choice in row] for row in policy.table.choices]
     follows_table = bool((graph["bits"][0] == decided).all())

@@ -1,0 +1,66 @@
+"""Cases for polygraphy: a block's real inputs, what the reference made of them, and how to compare.
+
+Whoever has the hardware can hold any runner that polygraphy knows (ONNX Runtime, TensorRT) against the
+outputs saved here, without this package.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip_export.errors import QlipError
+from qlip_export.files import explained_os_errors
+
+Arrays = Mapping[str, NDArray[Any]]
+
+REFERENCE = "reference"
+"""Name of the runner in saved outputs; the line that the next runner is compared with."""
+
+
+def save_case(
+    folder: Path, name: str, onnx: Path, inputs: Sequence[Arrays], outputs: Sequence[Arrays], tolerance: float
+) -> str:
+    """Write ``NAME.inputs.json`` and ``NAME.outputs.json``; return the command that runs ``onnx`` on them.
+
+    The command holds the mean absolute error of every output against ``tolerance`` times the outputs' root
+    mean square, which follows from a relative L2 error of at most ``tolerance``.
+
+    Args:
+        folder: Made if it is not there.
+        name: Of the case.
+        onnx: The graph to run.
+        inputs: Feeds, in the dtypes of the graph's inputs.
+        outputs: What the reference made of each, in the dtypes of the graph's outputs.
+        tolerance: Largest relative L2 error.
+
+    Raises:
+        QlipError: polygraphy is not installed, or the folder cannot be written.
+    """
+    try:
+        from polygraphy.comparator import IterationResult, RunResults
+        from polygraphy.json import save_json
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise QlipError("saving cases needs polygraphy", fix='pip install "qlip-export[validate]"') from error
+
+    with explained_os_errors(folder), G_LOGGER.verbosity(G_LOGGER.ERROR):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json([dict(arrays) for arrays in inputs], str(folder / f"{name}.inputs.json"))
+        results = RunResults()
+        results.append(
+            (REFERENCE, [IterationResult(outputs=dict(arrays), runner_name=REFERENCE) for arrays in outputs])
+        )
+        results.save(str(folder / f"{name}.outputs.json"))
+    energy = np.concatenate([np.square(a, dtype=np.float64).ravel() for o in outputs for a in o.values()])
+    command = ["polygraphy", "run", str(onnx), "--onnxrt"]
+    command += ["--load-inputs", str(folder / f"{name}.inputs.json")]
+    command += ["--load-outputs", str(folder / f"{name}.outputs.json")]
+    command += ["--atol", f"{tolerance * float(np.sqrt(energy.mean())):.3g}", "--rtol", f"{tolerance:g}"]
+    command += ["--check-error-stat", "mean"]
+    return shlex.join(command)
