@@ -448,6 +448,8 @@ def test_calibrate_and_build_with_it(cli: Cli, empty: Path, tiny_model: Path, bu
             tiny_model,
             "--prompts",
             "prompts.txt",
+            "--stages",
+            "ranges",
             "--steps",
             2,
             "-o",
@@ -456,7 +458,13 @@ def test_calibrate_and_build_with_it(cli: Cli, empty: Path, tiny_model: Path, bu
         )
     )
     assert done.code == 0, done.err
-    assert json.loads(done.out) == {"ranges": "mine/ranges.json", "layers": 141, "prompts": 2}
+    assert json.loads(done.out) == {
+        "folder": "mine",
+        "files": {"ranges": "mine/ranges.json"},
+        "reused": [],
+        "measured": {},
+    }
+    assert json.loads((empty / "mine" / "ranges.json").read_text())["recipe"]["prompts"] == 2
     shutil.copytree(bundle, empty / "bundle")
     built = cli(
         *("build", "--model", tiny_model, "--calibration", "mine", "--bits", "8"),

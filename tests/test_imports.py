@@ -48,7 +48,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"*", "-compile", "-build", "-cli", "-runtime", "-validate"},
     "compile": {"spec", "files", "bundle", "backends", "progress", "workspace", "export"},
     "build": {"*", "-cli", "-runtime"},
-    "parity": {"files"},
     "validate": {"*", "-cli"},
     "quickstart": {"*", "-cli"},
     "memory": {"spec", "bundle"},
@@ -99,7 +98,7 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxruntime": {"backends.onnxruntime", "lazy:validate"},
     "tensorrt": {"backends.tensorrt"},
     "tensorrt_rtx": {"backends.tensorrt_rtx"},
-    "polygraphy": {"lazy:parity"},
+    "polygraphy": {"lazy:validate"},
 }
 
 # What running a bundle loads, and what it must never load.

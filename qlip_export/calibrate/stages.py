@@ -313,6 +313,7 @@ class Calibration:
         path = Quality.path(self._folder, criterion)
         prompts = options.first(self._prompts, SIZES.label_prompts)
         reference = self._reference
+        features = None if reference is None else hashlib.sha256(reference.tobytes()).hexdigest()
         settings = {
             "text_encoder": self._checkpoint.component("text_encoder").fingerprint,
             "denoiser": self.denoiser,
@@ -320,7 +321,7 @@ class Calibration:
             "prompts": len(prompts),
             "prompts_sha256": hash_of(prompts),
             "reference": None if reference is None else len(reference),
-            "reference_sha256": None if reference is None else hashlib.sha256(reference.tobytes()).hexdigest(),
+            "reference_sha256": features,
             "steps": options.steps,
             "scheduler": options.scheduler,
             "guidance": options.guidance,
