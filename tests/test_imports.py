@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"*", "-compile", "-build", "-cli", "-runtime", "-validate"},
     "compile": {"spec", "files", "bundle", "backends", "progress", "workspace", "export"},
     "build": {"*", "-cli", "-runtime"},
+    "parity": {"files"},
     "validate": {"*", "-cli"},
     "quickstart": {"*", "-cli"},
     "memory": {"spec", "bundle"},
@@ -98,7 +99,7 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxruntime": {"backends.onnxruntime", "lazy:validate"},
     "tensorrt": {"backends.tensorrt"},
     "tensorrt_rtx": {"backends.tensorrt_rtx"},
-    "polygraphy": {"lazy:validate"},
+    "polygraphy": {"lazy:parity"},
 }
 
 # What running a bundle loads, and what it must never load.
