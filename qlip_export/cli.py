@@ -363,9 +363,6 @@ def calibrate(
     scheduler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")] = "dpmsolver++",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Seed of noise and training.")] = 0,
-    estimator: Annotated[
-        str, typer.Option(help="How training chooses: argmax, as in the paper, or sampled.")
-    ] = "argmax",
     groups: Annotated[int, typer.Option(help="Timestep groups of the policy.")] = 5,
     forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Images drawn at a time.")] = 32,
@@ -410,7 +407,6 @@ def calibrate(
         scheduler=scheduler,
         guidance=guidance,
         seed=seed,
-        estimator=estimator,
         groups=groups,
         forced_steps=forced_steps,
         batch_size=batch_size,
