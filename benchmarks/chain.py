@@ -9,8 +9,7 @@ import numpy as np
 
 from benchmarks.bundles import BITS, Subject, prepare
 from benchmarks.timing import THREADS, interleave, ratio, summary
-from qlip_export.backends import get_backend
-from qlip_export.bundle import Bundle
+from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Chain
 
 TARGETS = {"emoji": 1.10, "bk-sdm-tiny": 1.03}
@@ -22,7 +21,7 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     """Return seconds per denoiser step of both sides at every bit option, batch 2, and their ratios."""
     prepare(of)
     rounds = QUICK_ROUNDS if quick else ROUNDS[of.shape]
-    chains = {g: Chain(Bundle.open(of.bundle(g)), get_backend("openvino", threads=THREADS)) for g in SIDES}
+    chains = {g: TextToImage.load(of.bundle(g), backend="openvino", threads=THREADS).chain for g in SIDES}
     rows = []
     # One bit option after the other: only its two sides have to be compared, and to fit into memory.
     for bits in BITS:

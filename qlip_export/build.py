@@ -1,4 +1,4 @@
-"""`qlip-export build`: export a model, compile it, and put a bundle in place."""
+"""`qlip-export build` and `export`: export a model, compile it if asked to, and put a bundle in place."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from pydantic import Field, JsonValue, field_validator
 
 from qlip_export import __version__
 from qlip_export.backends import get_backend
-from qlip_export.backends.base import Backend
 from qlip_export.bundle import (
     SCHEMA_VERSION,
-    BackendEntry,
     Bundle,
     Exported,
     Manifest,
@@ -26,7 +24,7 @@ from qlip_export.bundle import (
 )
 from qlip_export.capture import Shapes, capture_tokenizer, denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint, read_json
-from qlip_export.compile import compile_engines
+from qlip_export.compile import compile_target
 from qlip_export.errors import QlipError
 from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
 from qlip_export.files import content_key, sha256_of
@@ -75,8 +73,8 @@ class BuildReport(Frozen):
 
     bundle: str
     model: str
-    backend: str
-    device: str
+    backend: str | None = Field(description="none: exported only")
+    device: str | None
     bits: tuple[int, ...]
     policy: str | None = Field(description="none: uniform bits only")
     weights: str = Field(description="how the denoiser's weights were rounded")
@@ -89,14 +87,27 @@ class BuildReport(Frozen):
 
 
 def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
-    """Build the bundle ``out``; a bundle that is there is replaced when the new one is whole.
+    """Export and compile the bundle ``out``; a bundle that is there is replaced when the new one is whole.
 
     Raises:
         QlipError: Anything the user can mend: see the message.
     """
+    return _run(options, out, options.backend, progress)
+
+
+def export_bundle(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
+    """As `build`, but without engines: what `compile_bundle` needs, on any machine.
+
+    Raises:
+        QlipError: Anything the user can mend: see the message.
+    """
+    return _run(options, out, None, progress)
+
+
+def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: Progress) -> BuildReport:
     started = time.monotonic()
     model, checkpoint = find_model(options.model)
-    backend = get_backend(options.backend)
+    backend = get_backend(backend_name) if backend_name is not None else None
     sampler = _sampler(checkpoint, options)
     shapes = shapes_of(checkpoint, batch_size=options.batch_size)
     for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
@@ -129,7 +140,6 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
         if policy is not None:
             entry = policy.export(exported.blocks, len(sampler.steps), options.batch_size, workspace)
             exported = exported.model_copy(update={"policy": entry})
-        exported = compile_engines(exported, options.bits, backend, workspace, progress)
         tokenizer = _tokenizer(checkpoint, workspace)
         manifest = _manifest(
             options,
@@ -138,13 +148,16 @@ def build(options: BuildOptions, out: Path, progress: Progress) -> BuildReport:
             exporter,
             shapes,
             exported,
-            backend,
             sampler,
             tokenizer,
             weights,
             ranges is not None,
             workspace,
         )
+        if backend is not None:
+            target = compile_target(manifest, backend, lambda p: workspace.root / p, workspace, progress)
+            update = {"targets": {backend.name: target}, "files": workspace.files}
+            manifest = manifest.model_copy(update=update)
         bundle = workspace.finish(manifest)
         return _report(bundle, workspace, time.monotonic() - started)
 
@@ -263,14 +276,12 @@ def _manifest(
     exporter: Exporter,
     shapes: Shapes,
     exported: Exported,
-    backend: Backend,
     sampler: SamplerTable,
     tokenizer: TokenizerEntry,
     weights: WeightMethod,
     calibrated: bool,
     workspace: Workspace,
 ) -> Manifest:
-    can = backend.capabilities
     return Manifest(
         schema_version=SCHEMA_VERSION,
         qlip_export_version=__version__,
@@ -301,7 +312,7 @@ def _manifest(
         policy=exported.policy,
         sampler=sampler,
         tokenizer=tokenizer,
-        backend=BackendEntry(name=backend.name, version=can.version, device=can.device, half=can.half),
+        targets={},
         versions={
             "python": platform.python_version(),
             **{
@@ -315,12 +326,12 @@ def _manifest(
 
 def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport:
     manifest = bundle.manifest
-    assert manifest.backend is not None
+    target = next(iter(manifest.targets.values()), None)
     return BuildReport(
         bundle=str(bundle.root),
         model=manifest.model.name,
-        backend=manifest.backend.name,
-        device=manifest.backend.device,
+        backend=target.backend if target else None,
+        device=target.device if target else None,
         bits=manifest.bits,
         policy=manifest.policy.name if manifest.policy else None,
         weights=manifest.quantization.weight_method,

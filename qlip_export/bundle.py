@@ -17,7 +17,7 @@ from qlip_export.files import sha256_of
 from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import Container, DType, Frozen, Granularity, SamplerTable, WeightBits
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -56,6 +56,18 @@ class EngineEntry(Frozen):
     container: Container
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    facts: JsonValue = Field(default=None, description="what its compiler tells, e.g. precisions of layers")
+
+
+class TargetEntry(Frozen):
+    """The engines of one backend, and the device they run on."""
+
+    backend: str
+    version: str = Field(description="of the backend's library")
+    device: str
+    half: DType = Field(description="what carries 9 to 16 bit activations")
+    options: dict[str, JsonValue] = Field(description="what the compiler was told beyond its defaults")
+    engines: dict[BundlePath, EngineEntry] = Field(description="by the ONNX file they were compiled from")
 
 
 class LayerEntry(Frozen):
@@ -76,7 +88,6 @@ class VariantEntry(Frozen):
     bits: int
     container: Container
     onnx: BundlePath
-    engine: EngineEntry | None = None
 
 
 class BlockEntry(Frozen):
@@ -93,7 +104,6 @@ class ComponentEntry(Frozen):
     """A part that has no bit options: text encoder or VAE decoder."""
 
     onnx: BundlePath
-    engine: EngineEntry | None = None
 
 
 class PolicyEntry(ComponentEntry):
@@ -116,7 +126,7 @@ class PolicyEntry(ComponentEntry):
 
 
 class Exported(Frozen):
-    """What an export adds to a manifest; compiling fills in the engines."""
+    """What an export adds to a manifest."""
 
     inputs: tuple[TensorEntry, ...]
     blocks: tuple[BlockEntry, ...]
@@ -161,15 +171,6 @@ class QuantizationEntry(Frozen):
     ranges: BundlePath | None
 
 
-class BackendEntry(Frozen):
-    """What compiled the engines, and on which device they run."""
-
-    name: str
-    version: str
-    device: str
-    half: DType = Field(description="what carries 9 to 16 bit activations")
-
-
 class Manifest(Frozen):
     """Everything the run time needs to know, and everything that is in the bundle."""
 
@@ -187,7 +188,7 @@ class Manifest(Frozen):
     policy: PolicyEntry | None = Field(description="none: every run is at uniform bits")
     sampler: SamplerTable
     tokenizer: TokenizerEntry
-    backend: BackendEntry | None
+    targets: dict[str, TargetEntry] = Field(description="by name; none: the bundle has to be compiled")
     versions: dict[str, str]
     files: dict[BundlePath, FileEntry]
 
@@ -204,6 +205,13 @@ class Manifest(Frozen):
         return self
 
     @property
+    def containers(self) -> dict[str, Container]:
+        """The ONNX files that a target compiles, and the container of each."""
+        variants = [v for block in self.blocks for v in block.variants.values() if v.bits in self.bits]
+        parts = [part for part in (self.text_encoder, self.vae_decoder, self.policy) if part is not None]
+        return {v.onnx: v.container for v in variants} | {p.onnx: Container.FLOAT for p in parts}
+
+    @property
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of the bundle by kind of file."""
         totals = {"weights": 0, "onnx": 0, "engines": 0, "other": 0}
@@ -217,6 +225,11 @@ class Manifest(Frozen):
 def best_fast_option(options: Sequence[int]) -> int:
     """Return the largest of ``options`` up to 16 bits, or the smallest where all are larger."""
     return max((bits for bits in options if bits <= 16), default=min(options))
+
+
+def compile_command(root: Path, backend: str = "openvino") -> str:
+    """Return the command that adds engines to the bundle ``root``."""
+    return f"qlip-export compile {root} --backend {backend}"
 
 
 def building_folder(out: Path) -> Path:
@@ -301,6 +314,20 @@ class Bundle:
                 fix="build the bundle again",
             )
         return full
+
+    def engine(self, target: TargetEntry, onnx: str) -> EngineEntry:
+        """Return the engine that ``target`` has of an ONNX file.
+
+        Raises:
+            QlipError: It has none.
+        """
+        entry = target.engines.get(onnx)
+        if entry is None:
+            raise QlipError(
+                f"{self.root} holds no {target.backend} engine of {onnx}",
+                fix=compile_command(self.root, target.backend),
+            )
+        return entry
 
     def bits(self, requested: int | None = None) -> int:
         """Return the bit option of a uniform run: the requested one, else the best that runs fast.

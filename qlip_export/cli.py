@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from qlip_export.backends import BACKENDS
 from qlip_export.errors import QlipError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from qlip_export.runtime import TextToImage
 
 app = typer.Typer(
     name="qlip-export",
@@ -54,64 +57,128 @@ def root(
         raise typer.Exit
 
 
+ModelOption = Annotated[
+    str, typer.Option(help="Name of the zoo (emoji) or a folder in the diffusers layout.")
+]
+BitsOption = Annotated[str, typer.Option(help="Activation bit options, increasing.")]
+WeightBitsOption = Annotated[int, typer.Option(help="Weight bits: 4, 8, or 32 for weights as they are.")]
+BlocksOption = Annotated[
+    Blocks, typer.Option(help="Where to cut: coarse, fine (ResNets, transformers), whole.")
+]
+BatchSizeOption = Annotated[int, typer.Option(help="Images per batch, static.")]
+StepsOption = Annotated[int, typer.Option(help="Sampling steps.")]
+SchedulerOption = Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="Folder of calibration results.", show_default="the model's own")
+]
+PolicyOption = Annotated[
+    str, typer.Option(help="Trained policy: auto (the default one that fits --bits), none, or its name.")
+]
+WeightsOption = Annotated[
+    str, typer.Option(help="auto (learned rounding where the calibration has it) or nearest.")
+]
+BundleOption = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Where the bundle goes.", show_default="engines/MODEL")
+]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="Whose engines of the bundle to run.",
+        show_default="auto: the first whose library and device are here",
+    ),
+]
+
+
 @app.command()
 def build(
-    model: Annotated[str, typer.Option(help="Name of the zoo (emoji) or a folder in the diffusers layout.")],
-    bits: Annotated[str, typer.Option(help="Activation bit options, increasing.")] = "8,16,32",
-    weight_bits: Annotated[int, typer.Option(help="Weight bits: 4, 8, or 32 for weights as they are.")] = 4,
-    blocks: Annotated[
-        Blocks, typer.Option(help="Where to cut: coarse, fine (ResNets, transformers), whole.")
-    ] = (Blocks.coarse),
-    backend: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images per batch, static.")] = 1,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    scheduler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")] = "dpmsolver++",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Folder of calibration results.", show_default="the model's own")
-    ] = None,
-    policy: Annotated[
-        str,
-        typer.Option(help="Trained policy: auto (the default one that fits --bits), none, or its name."),
-    ] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="auto (learned rounding where the calibration has it) or nearest.")
-    ] = "auto",
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Where the bundle goes.", show_default="engines/MODEL")
-    ] = None,
+    model: ModelOption,
+    bits: BitsOption = "8,16,32",
+    weight_bits: WeightBitsOption = 4,
+    blocks: BlocksOption = Blocks.coarse,
+    backend: Annotated[str, typer.Option(help="auto, or a name that `compile` takes.")] = "auto",
+    batch_size: BatchSizeOption = 1,
+    steps: StepsOption = 25,
+    scheduler: SchedulerOption = "dpmsolver++",
+    calibration: CalibrationOption = None,
+    policy: PolicyOption = "auto",
+    weights: WeightsOption = "auto",
+    out: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model and compile its engines into a bundle."""
-    from qlip_export.build import BuildOptions
-    from qlip_export.build import build as run
+    """Export a model and compile its engines into a bundle: `export` and `compile` in one."""
+    options = dict(locals())
+    _export(options.pop("out"), options.pop("as_json"), options)
+
+
+@app.command()
+def export(
+    model: ModelOption,
+    bits: BitsOption = "8,16,32",
+    weight_bits: WeightBitsOption = 4,
+    blocks: BlocksOption = Blocks.coarse,
+    batch_size: BatchSizeOption = 1,
+    steps: StepsOption = 25,
+    scheduler: SchedulerOption = "dpmsolver++",
+    calibration: CalibrationOption = None,
+    policy: PolicyOption = "auto",
+    weights: WeightsOption = "auto",
+    out: BundleOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model into a bundle without engines, to be compiled on any machine."""
+    options = dict(locals())
+    _export(options.pop("out"), options.pop("as_json"), options)
+
+
+def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+    """Build where the options name a backend, export where they do not, and tell what was done."""
+    from qlip_export.build import BuildOptions, export_bundle
+    from qlip_export.build import build as build_bundle
     from qlip_export.progress import progress_for_terminal
 
-    options = _validated(
-        BuildOptions,
-        model=model,
-        bits=_numbers(bits),
-        weight_bits=weight_bits,
-        granularity=blocks.value,
-        backend=backend,
-        batch_size=batch_size,
-        steps=steps,
-        scheduler=scheduler,
-        calibration=calibration,
-        policy=policy,
-        weights=weights,
-    )
-    target = out or Path("engines") / Path(model).resolve().name
+    run = build_bundle if "backend" in options else export_bundle
+    model: str = options["model"]
+    options |= {"bits": _numbers(options["bits"]), "granularity": options.pop("blocks").value}
+    validated = _validated(BuildOptions, **options)
     with progress_for_terminal() as progress:
-        report = run(options, target, progress)
+        report = run(validated, out or Path("engines") / Path(model).resolve().name, progress)
     if as_json:
         print(report.model_dump_json())
         return
     sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in report.bytes.items() if size)
     print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits")
     print(f"  policy: {report.policy or 'none, uniform bits only'}; weights: {report.weights}")
-    print(f"  {report.backend} on {report.device}, {report.engines} engines, {report.seconds:.0f} s")
+    where = (
+        f"{report.backend} on {report.device}, {report.engines} engines" if report.backend else "no engines"
+    )
+    print(f"  {where}, {report.seconds:.0f} s")
     print(f"  {report.built} files made, {report.reused} reused; {sizes}")
-    print(f'try: qlip-export generate {report.bundle} "a red apple"')
+    if report.backend:
+        print(f'try: qlip-export generate {report.bundle} "a red apple"')
+    else:
+        print(f"next: qlip-export compile {report.bundle} --backend openvino")
+
+
+@app.command("compile")
+def compile_(
+    bundle: BundleArgument,
+    backend: Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Add engines of a backend to a bundle, or bring them up to date; needs neither torch nor the model."""
+    from qlip_export.compile import compile_bundle
+    from qlip_export.progress import progress_for_terminal
+
+    with progress_for_terminal() as progress:
+        report = compile_bundle(bundle, backend, progress)
+    if as_json:
+        print(report.model_dump_json())
+        return
+    print(f"{report.bundle}: {report.engines} engines of {report.backend} for {report.device}")
+    print(
+        f"  {report.built} made, {report.reused} there; {report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
+    )
 
 
 @app.command()
@@ -139,6 +206,7 @@ def generate(
             show_default="image.png or images/",
         ),
     ] = None,
+    backend: TargetOption = "auto",
     threads: ThreadsOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Draw the bits of each block and step.")] = False,
     as_json: JsonOption = False,
@@ -152,8 +220,9 @@ def generate(
         raise QlipError(
             "a prompt is empty", expected="text", fix='e.g. qlip-export generate BUNDLE "a red apple"'
         )
-    pipeline = TextToImage.load(bundle, threads=threads)
+    pipeline = TextToImage.load(bundle, backend=backend, threads=threads)
     pipeline.bundle.bits(bits)
+    _say_which(pipeline, backend)
     files = _image_paths(out, len(prompt))
     manifest = pipeline.bundle.manifest
     batches = -(-len(prompt) // manifest.shapes.batch_size)
@@ -230,6 +299,7 @@ def validate(
             help="Folder for inputs and reference outputs; prints polygraphy commands that use them."
         ),
     ] = None,
+    backend: TargetOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Compare every engine with the captured graph on real activations, and the image with diffusers."""
@@ -238,7 +308,9 @@ def validate(
     from qlip_export.validate import validate as run
 
     with progress_for_terminal() as progress:
-        report = run(bundle, prompt=prompt, seed=seed, model=model, progress=progress, save=save)
+        report = run(
+            bundle, prompt=prompt, seed=seed, model=model, progress=progress, save=save, backend=backend
+        )
     if as_json:
         print(report.model_dump_json())
     else:
@@ -275,6 +347,7 @@ def evaluate(
     device: Annotated[
         str, typer.Option(help="engines; or cpu or cuda for the fake-quantized model in torch.")
     ] = "engines",
+    backend: TargetOption = "auto",
     reference: Annotated[
         str | None,
         typer.Option(
@@ -312,6 +385,7 @@ def evaluate(
         compare=_numbers(compare, "--compare") if compare is not None else None,
         baseline=baseline,
         device=device,
+        backend=backend,
         reference=reference,
         inception=inception,
         model=model,
@@ -520,6 +594,12 @@ def _numbers(text: str, option: str = "--bits") -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise QlipError(f"{option} is no list of numbers", expected="e.g. 8,16,32", found=text) from error
+
+
+def _say_which(pipeline: TextToImage, wanted: str) -> None:
+    """Say whose engines run, where there was a choice and nobody made it."""
+    if wanted == "auto" and len(pipeline.bundle.manifest.targets) > 1:
+        print(f"engines: {pipeline.target.name} (--backend chooses)", file=sys.stderr)
 
 
 def _image_paths(out: Path | None, count: int) -> list[Path]:

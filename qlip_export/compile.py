@@ -1,70 +1,187 @@
-"""From typed ONNX to engines of one backend: every variant, the text encoder and the VAE decoder."""
+"""From typed ONNX to engines of one backend, as one target of a bundle. Needs no torch and no model."""
 
 from __future__ import annotations
 
+import inspect
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-from pydantic import JsonValue, TypeAdapter
+from pydantic import Field, JsonValue
 
-from qlip_export.backends.base import Backend
-from qlip_export.bundle import BlockEntry, ComponentEntry, EngineEntry, Exported, TensorEntry
+from qlip_export.backends import get_backend
+from qlip_export.backends.base import Backend, Compiled
+from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry
+from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
-from qlip_export.spec import Container
+from qlip_export.spec import Container, Frozen
 from qlip_export.workspace import Workspace
 
-_PORTS = TypeAdapter(tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]])
+_BYTES = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
 
 
-def compile_engines(
-    exported: Exported, bits: tuple[int, ...], backend: Backend, workspace: Workspace, progress: Progress
-) -> Exported:
-    """Compile what ``exported`` lists at ``bits`` and return it with the engines filled in.
+class CompileReport(Frozen):
+    """What `qlip-export compile` did, as `--json` prints it."""
+
+    bundle: str
+    target: str
+    backend: str
+    device: str
+    engines: int
+    built: int = Field(description="engines made by this run")
+    reused: int = Field(description="engines that were there already")
+    bytes: int = Field(description="of all engines of the target")
+    seconds: float
+
+
+class Preflight(Frozen):
+    """What a compilation is about to do."""
+
+    backend: str
+    device: str
+    missing: tuple[str, ...] = Field(description="ONNX files without an engine")
+    there: int = Field(description="engines that are there already")
+    need: int = Field(description="bytes of disk, roughly: the new engines and the largest one once more")
+    free: int = Field(description="bytes of disk")
+
+
+def compile_bundle(path: Path, backend: str, progress: Progress) -> CompileReport:
+    """Add engines of ``backend`` to the bundle ``path``, or bring them up to date; other targets stay.
 
     Raises:
-        QlipError: The backend refuses a graph.
+        QlipError: No bundle, an altered ONNX file, no such backend, or one that refuses a graph.
     """
-    compiler = _Compiler(backend, workspace, progress)
-    variants = sum(v.bits in bits for b in exported.blocks for v in b.variants.values())
-    progress.stage("compile", variants + 2 + (exported.policy is not None))
-    return exported.model_copy(
-        update={
-            "blocks": tuple(compiler.block(block, bits) for block in exported.blocks),
-            "text_encoder": compiler.component(exported.text_encoder),
-            "vae_decoder": compiler.component(exported.vae_decoder),
-            "policy": exported.policy and compiler.component(exported.policy),
-        }
+    started = time.monotonic()
+    if find_spec("onnx_ir") is None:
+        raise QlipError("compiling reads ONNX files", fix='pip install "qlip-export[compile]"')
+    compiler = get_backend(backend)
+    wait = f"another build is writing {path}; waiting for it"
+    with Workspace.open_target(path, compiler.name, lambda: progress.note(wait)) as workspace:
+        bundle = Bundle.open(workspace.out)
+
+        @cache
+        def check_weights() -> None:
+            for file in bundle.manifest.files:
+                if file.endswith(".weights.bin"):
+                    bundle.file(file)
+
+        def checked(onnx: str) -> Path:
+            check_weights()
+            return bundle.file(onnx)
+
+        target = compile_target(bundle.manifest, compiler, checked, workspace, progress)
+        bundle = workspace.add_target(bundle.manifest, compiler.name, target)
+    return CompileReport(
+        bundle=str(path),
+        target=compiler.name,
+        backend=compiler.name,
+        device=target.device,
+        engines=len(target.engines),
+        built=workspace.built,
+        reused=workspace.reused,
+        bytes=sum(bundle.manifest.files[engine.path].size for engine in target.engines.values()),
+        seconds=round(time.monotonic() - started, 1),
     )
 
 
-class _Compiler:
-    def __init__(self, backend: Backend, workspace: Workspace, progress: Progress) -> None:
-        self._backend, self._workspace, self._progress = backend, workspace, progress
-        source = Path(__file__).parent / "backends" / f"{backend.name}.py"
-        can = backend.capabilities
-        self._key = content_key("engine", backend.name, can.version, can.device, can.half, sha256_of(source))
+def compile_target(
+    manifest: Manifest,
+    backend: Backend,
+    source: Callable[[str], Path],
+    workspace: Workspace,
+    progress: Progress,
+) -> TargetEntry:
+    """Compile every ONNX file that has to be, and return the target.
 
-    def block(self, block: BlockEntry, bits: tuple[int, ...]) -> BlockEntry:
-        variants = {
-            name: v.model_copy(update={"engine": self._engine(v.onnx, v.container)}) if v.bits in bits else v
-            for name, v in block.variants.items()
-        }
-        return block.model_copy(update={"variants": variants})
+    Args:
+        manifest: Of the bundle; its targets are not looked at.
+        backend: What compiles.
+        source: Returns the file behind an ONNX path of the manifest.
+        workspace: Gets the engines.
+        progress: Display.
 
-    def component(self, entry: ComponentEntry) -> ComponentEntry:
-        return entry.model_copy(update={"engine": self._engine(entry.onnx, Container.FLOAT)})
+    Raises:
+        QlipError: The disk cannot hold the engines, or the backend refuses a graph.
+    """
+    can = backend.capabilities
+    jobs = {onnx: f"engines/{backend.name}/{Path(onnx).stem}{can.suffix}" for onnx in manifest.containers}
+    code = sha256_of(Path(inspect.getfile(type(backend))))
+    compiler = content_key("engine", backend.name, can.version, can.device, can.half, can.options, code)
+    # The key of an ONNX file covers its weights as well, which its own bytes do not.
+    keys = {onnx: content_key(compiler, manifest.files[onnx].key) for onnx in jobs}
+    missing = tuple(onnx for onnx in jobs if not workspace.has(jobs[onnx], keys[onnx]))
+    check_preflight(preflight(manifest, backend, missing, workspace.out.parent), progress)
+    progress.stage("compile", len(jobs))
+    engines = {}
+    for onnx, container in manifest.containers.items():
+        progress.item(Path(onnx).stem)
 
-    def _engine(self, onnx: str, container: Container) -> EngineEntry:
-        name = Path(onnx).stem
-        self._progress.item(name)
-        # The key of the ONNX file covers its weights as well, which its own bytes do not.
-        key = content_key(self._key, self._workspace.files[onnx].key)
-        path = f"engines/{self._backend.name}/{name}{self._backend.capabilities.suffix}"
+        def make(engine: Path, onnx: str = onnx, container: Container = container) -> JsonValue:
+            made: JsonValue = backend.compile(source(onnx), engine, container).model_dump(mode="json")
+            return made
 
-        def make(engine: Path) -> JsonValue:
-            inputs, outputs = self._backend.compile(self._workspace.root / onnx, engine, container)
-            return [[port.model_dump(mode="json") for port in side] for side in (inputs, outputs)]
+        _, made = workspace.product(jobs[onnx], keys[onnx], make)
+        compiled = Compiled.model_validate(made)
+        engines[onnx] = EngineEntry(
+            path=jobs[onnx],
+            container=container,
+            inputs=compiled.inputs,
+            outputs=compiled.outputs,
+            facts=compiled.facts,
+        )
+    return TargetEntry(
+        backend=backend.name,
+        version=can.version,
+        device=can.device,
+        half=can.half,
+        options=dict(can.options),
+        engines=engines,
+    )
 
-        _, facts = self._workspace.product(path, key, make)
-        inputs, outputs = _PORTS.validate_python(facts)
-        return EngineEntry(path=path, container=container, inputs=inputs, outputs=outputs)
+
+def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], folder: Path) -> Preflight:
+    """Return what compiling ``missing`` takes; ``folder`` is on the disk that the bundle is on."""
+    sizes = [_engine_bytes(manifest, onnx) for onnx in missing]
+    return Preflight(
+        backend=backend.name,
+        device=backend.capabilities.device,
+        missing=missing,
+        there=len(manifest.containers) - len(missing),
+        need=sum(sizes) + max(sizes, default=0),
+        free=shutil.disk_usage(folder).free,
+    )
+
+
+def check_preflight(found: Preflight, progress: Progress) -> None:
+    """Show a preflight.
+
+    Raises:
+        QlipError: The disk cannot hold the engines.
+    """
+    need, free = f"{found.need / 1e6:,.0f} MB", f"{found.free / 1e6:,.0f} MB"
+    if found.need > found.free:
+        raise QlipError(
+            f"the disk cannot hold {len(found.missing)} engines of {found.backend}",
+            expected=f"about {need}",
+            found=f"{free} free",
+            fix="free space and run the same command again",
+        )
+    progress.note(
+        f"{found.backend} for {found.device}: {len(found.missing)} engines to build, {found.there} there; "
+        f"at most about {need} of disk, {free} free"
+    )
+
+
+def _engine_bytes(manifest: Manifest, onnx: str) -> int:
+    """Return roughly what the engine of an ONNX file takes: its weights in the type that it computes in."""
+    for block in manifest.blocks:
+        for variant in block.variants.values():
+            if variant.onnx == onnx:
+                weights = sum(layer.weights for layer in block.layers)
+                return manifest.files[onnx].size + weights * _BYTES[variant.container]
+    weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
+    return manifest.files[onnx].size + (weights_file.size if weights_file else 0)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlip_export.bundle import BlockEntry, Bundle, PolicyEntry
+from qlip_export.bundle import BlockEntry, Bundle, Manifest, PolicyEntry, TargetEntry, compile_command
 from qlip_export.memory import MemoryRow, kibibytes, mebibytes
 from qlip_export.spec import variant_name
 
@@ -40,25 +40,31 @@ def print_bundle(bundle: Bundle) -> None:
         f"{'/'.join(map(str, manifest.bits))} bits; weights {manifest.quantization.weight_bits} bits "
         f"({manifest.quantization.weight_method})"
     )
-    if manifest.backend is not None:
-        console.print(
-            f"engines: {manifest.backend.name} {manifest.backend.version} on {manifest.backend.device}"
-        )
+    for target in manifest.targets.values():
+        console.print(f"engines: {target.backend} {target.version} on {target.device}")
+        console.print(_block_table(manifest, target))
+    if not manifest.targets:
+        console.print(f"no engines yet: {compile_command(bundle.root)}")
+        console.print(_block_table(manifest, None))
+    console.print(_policy_text(manifest.policy))
+    console.print(
+        ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
+    )
+
+
+def _block_table(manifest: Manifest, target: TargetEntry | None) -> Table:
     table = Table("block", "layers", "MACs", *(f"{b} bits, MB" for b in manifest.bits))
     table.columns[0].no_wrap = True
     for block in manifest.blocks:
         cells = []
         for bits in manifest.bits:
-            engine = block.variants[variant_name(bits)].engine
-            size = manifest.files[engine.path].size / 1e6 if engine else 0
-            cells.append(f"{engine.container.value} {size:.1f}" if engine else "no engine")
+            variant = block.variants[variant_name(bits)]
+            engine = target.engines.get(variant.onnx) if target else None
+            size = f"{manifest.files[engine.path].size / 1e6:.1f}" if engine else "no engine"
+            cells.append(f"{variant.container.value} {size}")
         macs = sum(layer.macs for layer in block.layers)
         table.add_row(block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells)
-    console.print(table)
-    console.print(_policy_text(manifest.policy))
-    console.print(
-        ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in manifest.bytes_by_kind.items() if size)
-    )
+    return table
 
 
 def _policy_text(policy: PolicyEntry | None) -> str:
@@ -188,7 +194,9 @@ def print_validation(report: ValidationReport) -> None:
     off += ["the policy"] if policy is not None and not policy.passed else []
     off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
     images = "" if report.images else "; images were not compared"
-    console.print(f"all engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}")
+    console.print(
+        f"all {report.target} engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}"
+    )
     for command in report.commands:
         console.print(command, soft_wrap=True)
 
@@ -202,7 +210,9 @@ def print_evaluation(report: EvaluationReport) -> None:
     for row in report.rows:
         table.add_row(row.configuration, *(_estimate(metric, row.metrics[metric]) for metric in metrics))
     console.print(table)
-    where = "the engines" if report.device == "engines" else f"the fake-quantized model on {report.device}"
+    where = (
+        f"the engines of {report.target}" if report.target else f"the fake-quantized model on {report.device}"
+    )
     console.print(
         f"{report.samples} images each by {where}, {report.steps} steps, guidance {report.guidance:g}, seeds "
         f"from {report.seed}, weights {report.weight_bits} bits; prompts: {report.prompts}"

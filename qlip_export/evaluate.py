@@ -73,6 +73,7 @@ class EvaluateOptions(Frozen):
     compare: tuple[int, ...] | None = Field(default=None, description="all of the bundle's bits")
     baseline: str | None = Field(default=None, description="configuration that ratios refer to")
     device: str = "engines"
+    backend: str = Field(default="auto", description="whose engines draw")
     reference: str | None = Field(default=None, description="file of statistics, folder of images, or fp32")
     inception: Path | None = Field(default=None, description="weights of Inception-v3, for the usual FID")
     model: str | None = Field(default=None, description="the one the bundle was built from if absent")
@@ -93,6 +94,7 @@ class EvaluationReport(Frozen):
 
     bundle: str
     device: Device
+    target: str | None = Field(description="whose engines drew; none if they did not")
     reference: str | None = Field(description="what Fréchet distances are measured to")
     features: str | None = Field(description="what FID is measured in; sFID always in the vision tower's")
     prompts: str = Field(description="where they come from")
@@ -154,7 +156,9 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         bundle.bits(REFERENCE_BITS)
     every = list(dict.fromkeys([*names, full])) if against_32 else names
     renderer: Renderer = (
-        EngineRenderer(bundle) if device == "engines" else SimulatorRenderer(bundle, checkpoint, device)
+        EngineRenderer(bundle, options.backend)
+        if device == "engines"
+        else SimulatorRenderer(bundle, checkpoint, device)
     )
     session = _Session(bundle, prompts, options, renderer, extractor)
     progress.stage("evaluate", len(prompts) * len(every))
@@ -176,6 +180,7 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
     return EvaluationReport(
         bundle=str(bundle.root),
         device=device,
+        target=renderer.target,
         reference=reference.recipe.source if reference else None,
         features=None if reference is None else "Inception" if options.inception else "the vision tower's",
         prompts=source,

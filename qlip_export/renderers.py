@@ -28,7 +28,13 @@ Batch = tuple[Tensor, NDArray[np.uint8], NDArray[np.float64]]
 
 
 class Renderer(ABC):
-    """Draws prompts at a configuration, in batches."""
+    """Draws prompts at a configuration, in batches.
+
+    Attributes:
+        target: Whose engines draw, as the manifest names them; ``None`` without engines.
+    """
+
+    target: str | None = None
 
     @abstractmethod
     def draw(
@@ -44,13 +50,14 @@ class Renderer(ABC):
 class EngineRenderer(Renderer):
     """The engines of the bundle; their seconds count."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, backend: str = "auto") -> None:
         """Load nothing yet but the bundle's small parts.
 
         Raises:
             QlipError: No engines, or their library is not installed.
         """
-        self._pipeline = TextToImage.load(bundle.root)
+        self._pipeline = TextToImage.load(bundle.root, backend=backend)
+        self.target = self._pipeline.target.name
 
     def draw(
         self, configuration: str, prompts: Sequence[str], latents: NDArray[np.float32], guidance: float
@@ -68,7 +75,7 @@ class EngineRenderer(Renderer):
 
     def identity(self) -> object:
         """See `Renderer.identity`."""
-        return "engines"
+        return ["engines", self.target]
 
 
 class SimulatorRenderer(Renderer):

@@ -93,6 +93,7 @@ class ValidationReport(Frozen):
     """What was compared, and how it came out."""
 
     bundle: str
+    target: str = Field(description="whose engines were compared")
     prompt: str
     seed: int
     steps: tuple[int, ...] = Field(description="sampling steps whose activations were used")
@@ -112,6 +113,7 @@ def validate(
     model: str | None,
     progress: Progress,
     save: Path | None = None,
+    backend: str = "auto",
 ) -> ValidationReport:
     """Validate a bundle.
 
@@ -122,13 +124,15 @@ def validate(
         model: Model to compare the image with; the bundle's own source if absent.
         progress: Display.
         save: Folder for the inputs and reference outputs of every engine, as polygraphy reads them.
+        backend: Whose engines to compare; ``auto`` takes the first that can run here.
 
     Raises:
-        QlipError: The bundle is damaged, or ONNX Runtime is not installed, or polygraphy to ``save``.
+        QlipError: The bundle is damaged, no engines of it run here, or ONNX Runtime is not installed, or
+            polygraphy to ``save``.
     """
     if find_spec("onnxruntime") is None:
         raise QlipError("validation needs ONNX Runtime", fix='pip install "qlip-export[validate]"')
-    pipeline = TextToImage.load(path)
+    pipeline = TextToImage.load(path, backend=backend)
     bundle = pipeline.bundle
     for name in bundle.manifest.files:
         bundle.file(name)
@@ -144,6 +148,7 @@ def validate(
         notes.append(NOTE_INT8)
     return ValidationReport(
         bundle=str(bundle.root),
+        target=pipeline.target.name,
         prompt=prompt,
         seed=seed,
         steps=steps,
@@ -200,12 +205,11 @@ def _compare_blocks(
         for bits in bundle.manifest.bits:
             progress.item(f"{block.name} at {bits} bits")
             variant = block.variants[variant_name(bits)]
-            if variant.engine is None:
-                raise QlipError(f"{block.name} has no engine at {bits} bits", fix="build the bundle again")
             int8 = variant.container is Container.INT8
             graph = _Graph(bundle, variant.onnx) if int8 or save else float32
             expected = [graph(arrays) for arrays in inputs] if int8 else exact
-            rows.append(_judge(pipeline, block, variant, variant.engine, inputs, expected, exact))
+            entry = bundle.engine(pipeline.target.entry, variant.onnx)
+            rows.append(_judge(pipeline, block, variant, entry, inputs, expected, exact))
             if save is not None:
                 case = f"{block.name}.{variant_name(bits)}"
                 feeds = [graph.feeds(arrays) for arrays in inputs]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlip_export.bundle import Bundle
+from qlip_export.bundle import Bundle, EngineEntry
 from qlip_export.files import sha256_of
 
 
@@ -35,11 +35,10 @@ def accept(bundle: Path, path: str) -> None:
     edit_manifest(bundle, edit)
 
 
-def engine_path(bundle: Path, block: str, bits: int) -> str:
-    (entry,) = [b for b in Bundle.open(bundle).manifest.blocks if b.name == block]
-    engine = entry.variants[f"a{bits}"].engine
-    assert engine is not None
-    return engine.path
+def engine_entry(bundle: Path, block: str, bits: int, target: str = "openvino") -> EngineEntry:
+    opened = Bundle.open(bundle)
+    (entry,) = [b for b in opened.manifest.blocks if b.name == block]
+    return opened.engine(opened.manifest.targets[target], entry.variants[f"a{bits}"].onnx)
 
 
 def flip_byte(path: Path) -> None:
@@ -58,19 +57,18 @@ def truncate_text(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def alter_engine(bundle: Path, block: str, bits: int, change: Callable[[Any], Any]) -> None:
+def alter_engine(
+    bundle: Path, block: str, bits: int, change: Callable[[Any], Any], target: str = "openvino"
+) -> None:
     """Compile a block with other biases and vouch for it in the manifest: whole, but wrong."""
     import numpy as np
     import onnx_ir as ir
 
     from qlip_export.backends import get_backend
 
-    opened = Bundle.open(bundle)
-    assert opened.manifest.backend is not None
-    (entry,) = [b for b in opened.manifest.blocks if b.name == block]
-    variant = entry.variants[f"a{bits}"]
-    assert variant.engine is not None
-    model = ir.load(bundle / variant.onnx)
+    (entry,) = [b for b in Bundle.open(bundle).manifest.blocks if b.name == block]
+    engine = engine_entry(bundle, block, bits, target)
+    model = ir.load(bundle / entry.variants[f"a{bits}"].onnx)
     biases = [v for n, v in model.graph.initializers.items() if n.removesuffix(".half").endswith(".bias")]
     for value in biases:
         assert value.const_value is not None
@@ -78,8 +76,7 @@ def alter_engine(bundle: Path, block: str, bits: int, change: Callable[[Any], An
         value.const_value = ir.tensor(np.asarray(change(array), dtype=array.dtype), name=value.name)
     altered = bundle / "altered.onnx"
     ir.save(model, altered, external_data="altered.data")
-    backend = get_backend(opened.manifest.backend.name)
-    backend.compile(altered, bundle / variant.engine.path, variant.container)
+    get_backend(target).compile(altered, bundle / engine.path, engine.container)
     for path in bundle.glob("altered.*"):
         path.unlink()
-    accept(bundle, variant.engine.path)
+    accept(bundle, engine.path)

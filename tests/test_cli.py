@@ -20,7 +20,7 @@ from tests import tamper
 from tests.conftest import STEPS, Cli
 from tests.tiny import BLOCKS, IMAGE_SIZE
 
-COMMANDS = ("build", "generate", "inspect", "validate", "calibrate", "evaluate")
+COMMANDS = ("build", "export", "compile", "generate", "inspect", "validate", "calibrate", "evaluate")
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"*", "-build", "-cli", "-validate"},
     "workspace": {"spec", "files", "bundle"},
     "export": {"*", "-compile", "-build", "-cli", "-runtime", "-validate"},
-    "compile": {"spec", "files", "bundle", "backends", "progress", "workspace", "export"},
+    "compile": {"spec", "files", "bundle", "backends", "progress", "workspace"},
     "build": {"*", "-cli", "-runtime"},
     "parity": {"files"},
     "validate": {"*", "-cli"},

@@ -14,6 +14,7 @@ from qlip_export.bundle import Bundle
 from qlip_export.parity import save_case
 from qlip_export.spec import Container, variant_name
 from qlip_export.validate import _Graph
+from tests import tamper
 from tests.conftest import Cli
 
 POLYGRAPHY = Path(sys.executable).with_name("polygraphy")
@@ -33,7 +34,7 @@ def test_polygraphy_judges_a_saved_case(bundle: Path, tmp_path: Path, off: float
     onnx = block.variants["a16"].onnx
     rng = np.random.default_rng(0)
     graph = _Graph(opened, onnx)
-    shapes = {port.name: port.shape for port in block.variants["a16"].engine.inputs}
+    shapes = {port.name: port.shape for port in tamper.engine_entry(bundle, block.name, 16).inputs}
     feeds = graph.feeds({name: rng.standard_normal(shape) for name, shape in shapes.items()})
     outputs = graph.as_outputs({name: out * (1 + off) for name, out in graph(feeds).items()})
     command = save_case(tmp_path / "cases", "block", opened.file(onnx), [feeds], [outputs], 1e-2)

@@ -157,6 +157,14 @@ def test_file_of_a_damaged_bundle_is_made_again(tmp_path: Path, manifest: Manife
     assert whole(out) == KEYS
 
 
+def test_bundle_of_another_schema_lends_its_files(tmp_path: Path, manifest: Manifest) -> None:
+    out = tmp_path / "out"
+    toy_build(out, manifest, KEYS)
+    tamper.edit_manifest(out, lambda m: m.update(schema_version=1, surprise="yes"))
+    assert toy_build(out, manifest, KEYS | {"c": "2"}) == ["c"]
+    assert whole(out) == KEYS | {"c": "2"}
+
+
 def test_half_written_file_of_a_killed_build_is_swept_up(tmp_path: Path, manifest: Manifest) -> None:
     out = tmp_path / "out"
     toy_build(out, manifest, KEYS, die="c")

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qlip_export.errors import QlipError
 
 if TYPE_CHECKING:
     from qlip_export.backends.base import Backend
 
-BACKENDS: dict[str, tuple[str, str]] = {
-    "openvino": ("qlip_export.backends.openvino", "OpenVINOBackend"),
-    "onnxruntime": ("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend"),
+
+class Source(NamedTuple):
+    """Where a backend is, and the library that it needs."""
+
+    module: str
+    class_name: str
+    library: str
+
+
+BACKENDS: dict[str, Source] = {
+    "openvino": Source("qlip_export.backends.openvino", "OpenVINOBackend", "openvino"),
+    "onnxruntime": Source("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
 }
-"""Backend name -> module and class; also the order in which ``auto`` tries them."""
+"""Backends by name, in the order in which they are preferred where nobody chooses."""
 
 
 def get_backend(name: str, *, threads: int | None = None) -> Backend:
@@ -29,8 +38,8 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
         QlipError: Unknown name, or the library is not installed.
     """
     if name == "auto":
-        for candidate in BACKENDS:
-            if importlib.util.find_spec(candidate) is not None:
+        for candidate, source in BACKENDS.items():
+            if importlib.util.find_spec(source.library) is not None:
                 return get_backend(candidate, threads=threads)
         raise QlipError(
             "no backend is installed",
@@ -44,9 +53,9 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
             found=name,
             fix="choose one of them",
         )
-    module, class_name = BACKENDS[name]
+    found = BACKENDS[name]
     try:
-        backend: Backend = getattr(importlib.import_module(module), class_name)(threads=threads)
+        backend: Backend = getattr(importlib.import_module(found.module), found.class_name)(threads=threads)
     except ImportError as error:
         raise QlipError(
             f"the library of backend {name!r} is not installed",

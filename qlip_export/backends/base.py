@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from pydantic import Field, JsonValue
 
 from qlip_export.bundle import EngineEntry, TensorEntry
-from qlip_export.spec import Container, DType
+from qlip_export.spec import Container, DType, Frozen
 
 Buffer = Any
 """A tensor in the backend's own memory; only the backend that made it looks inside."""
@@ -26,6 +28,7 @@ class Capabilities:
         half: Dtype that carries 9 to 16 bit activations, chosen by what the device computes fast.
         suffix: File name suffix of its engines.
         containers: Containers for which the device has kernels of their own; the others run, but widened.
+        options: What the compiler is told beyond its defaults, JSON.
     """
 
     device: str
@@ -33,6 +36,15 @@ class Capabilities:
     half: DType
     suffix: str
     containers: tuple[Container, ...]
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+class Compiled(Frozen):
+    """What is known of an engine file: its ports, and what its compiler tells of it."""
+
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    facts: JsonValue = Field(default=None, description="JSON, e.g. the precisions of its layers")
 
 
 class Engine(ABC):
@@ -61,11 +73,17 @@ class Backend(ABC):
     def capabilities(self) -> Capabilities:
         """What this backend can do on this machine."""
 
+    def require_device(self) -> None:
+        """Make sure that this machine has a device that engines of this backend run on.
+
+        Raises:
+            QlipError: It has none.
+        """
+        return None
+
     @abstractmethod
-    def compile(
-        self, onnx: Path, engine: Path, container: Container
-    ) -> tuple[list[TensorEntry], list[TensorEntry]]:
-        """Compile a typed ONNX file and write the engine file; return its inputs and outputs.
+    def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
+        """Compile a typed ONNX file and write the engine file.
 
         Raises:
             QlipError: The library refuses the graph.

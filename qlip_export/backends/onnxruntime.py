@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
+from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
 from qlip_export.bundle import EngineEntry, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
@@ -63,9 +63,7 @@ class OnnxRuntimeBackend(Backend):
             options.intra_op_num_threads = self._threads
         return options
 
-    def compile(
-        self, onnx: Path, engine: Path, container: Container
-    ) -> tuple[list[TensorEntry], list[TensorEntry]]:
+    def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
         """See `Backend.compile`."""
         import onnx_ir as ir
 
@@ -80,7 +78,10 @@ class OnnxRuntimeBackend(Backend):
             session = self._session(ir.to_proto(model).SerializeToString(), options, container)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise QlipError(f"ONNX Runtime cannot compile {onnx.name}", found=str(error)) from error
-        return [_entry(p) for p in session.get_inputs()], [_entry(p) for p in session.get_outputs()]
+        return Compiled(
+            inputs=tuple(_entry(p) for p in session.get_inputs()),
+            outputs=tuple(_entry(p) for p in session.get_outputs()),
+        )
 
     def load(self, path: Path, entry: EngineEntry) -> Engine:
         """See `Backend.load`."""

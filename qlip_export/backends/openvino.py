@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
+from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
 from qlip_export.bundle import EngineEntry, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
@@ -68,9 +68,7 @@ class OpenVINOBackend(Backend):
             properties["INFERENCE_NUM_THREADS"] = self._threads
         return properties
 
-    def compile(
-        self, onnx: Path, engine: Path, container: Container
-    ) -> tuple[list[TensorEntry], list[TensorEntry]]:
+    def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
         """See `Backend.compile`."""
         import onnx_ir as ir
 
@@ -90,7 +88,10 @@ class OpenVINOBackend(Backend):
             except RuntimeError as error:
                 raise QlipError(f"OpenVINO cannot compile {onnx.name}", found=str(error)) from error
         engine.write_bytes(compiled.export_model().getvalue())
-        return [_entry(p) for p in compiled.inputs], [_entry(p) for p in compiled.outputs]
+        return Compiled(
+            inputs=tuple(_entry(p) for p in compiled.inputs),
+            outputs=tuple(_entry(p) for p in compiled.outputs),
+        )
 
     def _with_typed_ports(self, model: Any) -> Any:
         """Give FP16 ports the dtype the device computes in, so that nothing is converted between blocks."""

@@ -38,11 +38,11 @@ def measure_latencies(bundle: Path, path: Path) -> Latencies:
 
     loaded = TextToImage.load(bundle)
     manifest = loaded.bundle.manifest
-    assert manifest.backend is not None
+    target = loaded.target.entry
     found = Latencies(
-        backend=manifest.backend.name,
-        version=manifest.backend.version,
-        device=manifest.backend.device,
+        backend=target.backend,
+        version=target.version,
+        device=target.device,
         fingerprint=manifest.model.fingerprint,
         batch_size=manifest.shapes.batch_size,
         milliseconds={

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Engine
-from qlip_export.bundle import Bundle, EngineEntry
+from qlip_export.bundle import BlockEntry, Bundle, EngineEntry
 from qlip_export.errors import QlipError
+from qlip_export.runtime.targets import Target
 from qlip_export.spec import DType, variant_name
 
 BitPattern = tuple[int, ...]
@@ -28,11 +28,12 @@ BitPattern = tuple[int, ...]
 class Chain:
     """The denoiser of a bundle."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, target: Target) -> None:
         """Prepare buffers lazily; no engine is loaded yet."""
         self.blocks = bundle.manifest.blocks
         self._bundle = bundle
-        self._backend = backend
+        self._target = target.entry
+        self._backend = target.backend
         self._engines: dict[tuple[str, int], Engine] = {}
         self._buffers: dict[tuple[str, DType], Buffer] = {}
         self._plans: dict[BitPattern, list[Callable[[], None]]] = {}
@@ -116,18 +117,16 @@ class Chain:
                     found.append(time.perf_counter() - before)
         return {name: {bits: median(seconds[name, bits]) for bits in options} for name in names}
 
-    def _engine_entry(self, block: Any, bits: int) -> EngineEntry:
+    def _engine_entry(self, block: BlockEntry, bits: int) -> EngineEntry:
         variant = block.variants.get(variant_name(bits))
-        if variant is None or variant.engine is None:
-            options = sorted(v.bits for v in block.variants.values() if v.engine is not None)
+        if variant is None:
             raise QlipError(
-                f"block {block.name} has no {bits}-bit engine",
-                expected=" or ".join(map(str, options)) or "a compiled bundle",
+                f"block {block.name} has no {bits}-bit variant",
+                expected=" or ".join(str(v.bits) for v in block.variants.values()),
                 found=str(bits),
                 fix="build the bundle with this bit option",
             )
-        entry: EngineEntry = variant.engine
-        return entry
+        return self._bundle.engine(self._target, variant.onnx)
 
     def _load(self, entry: EngineEntry) -> Engine:
         return self._backend.load(self._bundle.file(entry.path), entry)

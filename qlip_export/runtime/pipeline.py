@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qlip_export.backends import get_backend
-from qlip_export.backends.base import Backend, Buffer
+from qlip_export.backends.base import Buffer
 from qlip_export.bundle import Bundle, ComponentEntry, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.runtime.chain import BitPattern, Chain
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
+from qlip_export.runtime.targets import Target, choose_target
 from qlip_export.runtime.tokenizer import PromptTokenizer
 
 OnStep = Callable[[int, int], None]
@@ -38,8 +38,8 @@ class Generation:
             `guidance` make it again. `q` is the predicted quality, null where bits were forced or the bundle
             has no policy; `bits[step][block]` with the names in `blocks`, `fab` (their mean over quantized
             layers and steps) and `engine_switches` (changes of a block's bits between consecutive steps,
-            summed) are those of the whole batch. `seconds`, of the whole batch: `total`, `policy` (deciding
-            the bits), `prompt_and_load`, `steps`, `decode`.
+            summed) are those of the whole batch. `target` names the engines. `seconds`, of the whole batch:
+            `total`, `policy` (deciding the bits), `prompt_and_load`, `steps`, `decode`.
     """
 
     images: list[Image.Image]
@@ -54,33 +54,35 @@ class Generation:
 class TextToImage:
     """A loaded bundle. Calls are serialised: one instance may be shared by threads."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, target: Target) -> None:
         """Use `TextToImage.load` instead."""
         self.bundle = bundle
-        self.backend = backend
-        self.chain = Chain(bundle, backend)
+        self.target = target
+        self.backend = target.backend
+        self.chain = Chain(bundle, target)
         self._tokenizer = PromptTokenizer(bundle)
-        self._text_encoder = _Component(bundle, bundle.manifest.text_encoder, backend)
-        self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, backend)
+        self._text_encoder = _Component(bundle, bundle.manifest.text_encoder, target)
+        self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, target)
         policy = bundle.manifest.policy
-        self._policy = _Component(bundle, policy, backend) if policy else None
+        self._policy = _Component(bundle, policy, target) if policy else None
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> TextToImage:
-        """Open a bundle with the backend it was compiled for.
+    def load(
+        cls, path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None
+    ) -> TextToImage:
+        """Open a bundle with one of the backends that it was compiled for.
 
         Args:
             path: The bundle's folder.
+            backend: Whose engines to run; ``auto`` takes the first that can run here.
             threads: CPU threads an engine may use; ``None`` leaves it to the backend.
 
         Raises:
-            QlipError: No bundle, a damaged one, one without engines, or the backend is not installed.
+            QlipError: No bundle, a damaged one, one without such engines, or none that can run here.
         """
         bundle = Bundle.open(path)
-        if bundle.manifest.backend is None:
-            raise QlipError(f"{path} holds no engines", fix="build it with a backend")
-        return cls(bundle, get_backend(bundle.manifest.backend.name, threads=threads))
+        return cls(bundle, choose_target(bundle, backend, threads=threads))
 
     def __call__(
         self,
@@ -231,6 +233,7 @@ class TextToImage:
                 "bits": [list(pattern) for pattern in patterns],
                 "blocks": [b.name for b in self.chain.blocks],
                 "engine_switches": engine_switches(patterns),
+                "target": self.target.name,
                 "seconds": {
                     "total": round(ended - started, 4),
                     "policy": round(decided - deciding, 6),
@@ -273,18 +276,15 @@ class TextToImage:
 class _Component:
     """Text encoder, VAE decoder or policy: one engine, loaded at its first call."""
 
-    def __init__(self, bundle: Bundle, entry: ComponentEntry, backend: Backend) -> None:
-        self._bundle, self._entry, self._backend = bundle, entry, backend
+    def __init__(self, bundle: Bundle, entry: ComponentEntry, target: Target) -> None:
+        self._bundle, self._entry, self._target = bundle, entry, target.entry
+        self._backend = target.backend
         self._buffers: dict[str, Buffer] = {}
         self._engine: Any = None
 
     def load(self) -> EngineEntry:
         """Load the engine, unless it is loaded, and return its entry."""
-        entry = self._entry.engine
-        if entry is None:
-            raise QlipError(
-                f"{self._bundle.root} holds no engine for {self._entry.onnx}", fix="build it again"
-            )
+        entry = self._bundle.engine(self._target, self._entry.onnx)
         if self._engine is None:
             self._engine = self._backend.load(self._bundle.file(entry.path), entry)
             for port in (*entry.inputs, *entry.outputs):

@@ -67,6 +67,5 @@ def test_engine_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_manifest_names_the_backend(ort_bundle: Path) -> None:
-    backend = Bundle.open(ort_bundle).manifest.backend
-    assert backend is not None
-    assert (backend.name, backend.device, backend.half) == ("onnxruntime", "CPU", "float16")
+    (target,) = Bundle.open(ort_bundle).manifest.targets.values()
+    assert (target.backend, target.device, target.half) == ("onnxruntime", "CPU", "float16")

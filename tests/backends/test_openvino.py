@@ -23,6 +23,7 @@ from qlip_export.errors import QlipError
 from qlip_export.export import DENOISER_INPUTS
 from qlip_export.spec import Container
 from tests.graph.conftest import Arrays, relative, run
+from tests.tamper import engine_entry
 
 ROOT = Path(__file__).parents[2]
 NATIVE = OpenVINOBackend(threads=1).capabilities
@@ -90,13 +91,6 @@ def feeds_of(bundle: Path, block: str) -> Arrays:
             return {name: values[name] for name in entry.inputs}
         values |= run(bundle / entry.variants["a32"].onnx, values)
     raise AssertionError(block)
-
-
-def engine_entry(bundle: Path, block: str, bits: int) -> EngineEntry:
-    (entry,) = [b for b in Bundle.open(bundle).manifest.blocks if b.name == block]
-    engine = entry.variants[f"a{bits}"].engine
-    assert engine is not None
-    return engine
 
 
 def run_engine(bundle: Path, entry: EngineEntry, feeds: Arrays) -> Arrays:

@@ -1,0 +1,71 @@
+"""Which of a bundle's targets runs here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlip_export.backends import BACKENDS, get_backend
+from qlip_export.backends.base import Backend
+from qlip_export.bundle import Bundle, TargetEntry, compile_command
+from qlip_export.errors import QlipError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target of a bundle, ready to run.
+
+    Attributes:
+        name: In the manifest.
+        entry: Its engines.
+        backend: What loads and runs them.
+    """
+
+    name: str
+    entry: TargetEntry
+    backend: Backend
+
+
+def choose_target(bundle: Bundle, wanted: str = "auto", *, threads: int | None = None) -> Target:
+    """Return the target of backend ``wanted``, or for ``auto`` the first that can run here.
+
+    Targets are tried in the order of ``BACKENDS``: its library must be installed and its device be there.
+
+    Args:
+        bundle: The bundle.
+        wanted: A backend or ``auto``.
+        threads: CPU threads an engine may use; ``None`` leaves the choice to the library.
+
+    Raises:
+        QlipError: The bundle has no such engines, or none that can run here; says why.
+    """
+    targets = bundle.manifest.targets
+    if wanted != "auto" and wanted not in BACKENDS:
+        get_backend(wanted)  # tells which there are
+    names = [name for name, entry in targets.items() if wanted in ("auto", entry.backend)]
+    if not names:
+        none = "" if wanted == "auto" else f" of {wanted}"
+        raise QlipError(
+            f"{bundle.root} holds no engines{none}",
+            expected=" or ".join(targets) or None,
+            found=None if wanted == "auto" else wanted,
+            fix=compile_command(bundle.root, "openvino" if wanted == "auto" else wanted),
+        )
+    order = {backend: i for i, backend in enumerate(BACKENDS)}
+    obstacles: list[QlipError] = []
+    for name in sorted(names, key=lambda n: order.get(targets[n].backend, len(order))):
+        entry = targets[name]
+        try:
+            backend = get_backend(entry.backend, threads=threads)
+            backend.require_device()
+        except QlipError as error:
+            obstacles.append(error)
+        else:
+            return Target(name, entry, backend)
+    if len(obstacles) == 1:
+        raise obstacles[0]
+    raise QlipError(
+        f"no target of {bundle.root} runs here",
+        expected=" or ".join(names),
+        found="; ".join(error.problem for error in obstacles),
+        fix=obstacles[0].fix,
+    )
