@@ -50,7 +50,7 @@ def round_rows(x: Tensor, grids: Tensor) -> Tensor:
         grids: (N or 1, 3) float32, a `Grid` for each sample.
     """
     rows = _as_rows(x, x)
-    rounded: Tensor = _fused(_round)(rows, *grids[:, :, None].unbind(1))
+    rounded: Tensor = _fused(_round)(rows, grids)
     return _as_was(rounded, x)
 
 
@@ -80,10 +80,7 @@ class ChooseGrid(torch.autograd.Function):
         """Return the gradients of ``x`` and of ``weights``."""
         x, weights, grids = ctx.saved_tensors
         rows, gradient = _as_rows(x, x), _as_rows(gradients[0].to(x.dtype), x)
-        chosen = grids[weights.argmax(1)][:, :, None].unbind(1)
-        # As a list, so that the compiler unrolls the options: one kernel reads ``x`` and the gradient once.
-        each = grids.view(-1, 1, 1).unbind(0)
-        passed, inner = _fused(_choice_gradients)(rows, gradient, *chosen, *each)
+        passed, inner = _fused(_choice_gradients)(rows, gradient, grids[weights.argmax(1)], grids)
         return _as_was(passed, x), inner, None
 
 
@@ -165,26 +162,25 @@ class FakeQuantizer:
         return quantize_input
 
 
-def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _round(x: Tensor, grids: Tensor) -> Tensor:
+    # Unpacked in here: views of one tensor among its arguments make the compiler compile again and again.
+    step, low, high = grids[:, :1], grids[:, 1:2], grids[:, 2:]
     wide = x.float()
     width = torch.where(step > 0, step, 1.0)
     grid = torch.clamp(torch.round(wide / width), low, high) * width
     return torch.where(step > 0, grid, torch.where(step < 0, wide.half().float(), wide)).to(x.dtype)
 
 
-def _choice_gradients(
-    x: Tensor, gradient: Tensor, step: Tensor, low: Tensor, high: Tensor, *grids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of ``x``, and its inner product with ``x`` on each grid, (N, options).
+def _choice_gradients(x: Tensor, gradient: Tensor, chosen: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of ``x``, and its inner product with ``x`` on each of ``grids``, (N, options).
 
-    ``step``, ``low``, ``high`` (N, 1) are those of the chosen grids, ``grids`` those of all options in turn.
+    The loop over the options is unrolled, so one kernel reads ``x`` and the gradient once.
     """
+    step, low, high = chosen[:, :1], chosen[:, 1:2], chosen[:, 2:]
     wide = x.float()
     inside = (step <= 0) | ((wide >= (low - 0.5) * step) & (wide <= (high + 0.5) * step))
     passed = torch.where(inside, gradient, 0).to(gradient.dtype)
-    inner = [
-        (_round(x, *grids[i : i + 3]).float() * gradient.float()).sum(1) for i in range(0, len(grids), 3)
-    ]
+    inner = [(_round(x, grids[i : i + 1]).float() * gradient.float()).sum(1) for i in range(len(grids))]
     return passed, torch.stack(inner, 1)
 
 

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from qlip_export.errors import QlipError
-from qlip_export.quant.fake import ChooseGrid, FakeQuantizer, fake_quantize, grid_of, round_rows
+from qlip_export.quant.fake import (
+    ChooseGrid,
+    FakeQuantizer,
+    _choice_gradients,
+    fake_quantize,
+    grid_of,
+    round_rows,
+)
 from qlip_export.quant.ranges import activation_scale
 
 OPTIONS = [(1.5, 8), (0.8, 6), (0.0, 16), (0.0, 32)]
@@ -119,6 +127,19 @@ def test_sixteen_and_thirty_two_bits_clip_nothing() -> None:
     x = torch.tensor([[1e4], [1e4]], requires_grad=True)
     ChooseGrid.apply(x, torch.eye(2), GRIDS[2:]).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [[1.0], [1.0]]
+
+
+def test_gradients_are_one_graph_for_the_compiler() -> None:
+    """On a GPU many small kernels would take longer than the denoiser; other sizes and layers reuse it."""
+    counted = CompileCounter()
+    compiled = torch.compile(_choice_gradients, dynamic=True, fullgraph=True, backend=counted)
+    layers = torch.stack([GRIDS] * 4)
+    for count, size, grids in zip((5, 5, 9, 64), (128, 30, 9, 4096), layers, strict=True):
+        rows = randn(count, size)
+        arguments = (rows, rows.flip(0), grids[torch.arange(count) % 4], grids)
+        for mine, theirs in zip(compiled(*arguments), _choice_gradients(*arguments), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert counted.frame_count == 1
 
 
 @pytest.mark.gpu
