@@ -139,7 +139,7 @@ def train_q2b(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            fab = float((choice.detach()[:, unit_of_layer] @ bits).mean())
+            fab = float(bits[choice.argmax(-1)][:, unit_of_layer].mean())
             errors.append(float(error.mean()))
         smooth = fab if smooth is None else 0.9 * smooth + 0.1 * fab
         if plan.target_fab is not None:
@@ -177,7 +177,7 @@ def mean_bits(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> 
     total = 0.0
     for step in range(steps):
         choice, _ = q2b(qualities, step * plan.groups // steps, step < plan.forced_steps)
-        total += float((choice @ bits)[:, unit_of_layer].mean())
+        total += float(bits[choice.argmax(-1)][:, unit_of_layer].mean())
     return total / steps
 
 
