@@ -145,7 +145,7 @@ def compile_target(
 
 def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], folder: Path) -> Preflight:
     """Return what compiling ``missing`` takes; ``folder`` is on the disk that the bundle is on."""
-    sizes = [_engine_bytes(manifest, onnx) for onnx in missing]
+    sizes = [_engine_bytes(manifest, onnx) + backend.capabilities.overhead for onnx in missing]
     return Preflight(
         backend=backend.name,
         device=backend.capabilities.device,
@@ -172,7 +172,7 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
         )
     progress.note(
         f"{found.backend} for {found.device}: {len(found.missing)} engines to build, {found.there} there; "
-        f"at most about {need} of disk, {free} free"
+        f"they take roughly {need} of disk, {free} are free"
     )
 
 

@@ -23,6 +23,7 @@ class Source(NamedTuple):
 BACKENDS: dict[str, Source] = {
     "openvino": Source("qlip_export.backends.openvino", "OpenVINOBackend", "openvino"),
     "onnxruntime": Source("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
+    "tensorrt-rtx": Source("qlip_export.backends.tensorrt_rtx", "TensorRtRtxBackend", "tensorrt_rtx"),
 }
 """Backends by name, in the order in which they are preferred where nobody chooses."""
 

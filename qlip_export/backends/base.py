@@ -29,6 +29,7 @@ class Capabilities:
         suffix: File name suffix of its engines.
         containers: Containers for which the device has kernels of their own; the others run, but widened.
         options: What the compiler is told beyond its defaults, JSON.
+        overhead: Bytes that an engine may take beside its weights, roughly.
     """
 
     device: str
@@ -37,6 +38,7 @@ class Capabilities:
     suffix: str
     containers: tuple[Container, ...]
     options: Mapping[str, JsonValue] = field(default_factory=dict)
+    overhead: int = 0
 
 
 class Compiled(Frozen):
