@@ -62,6 +62,8 @@ DEVICES: tuple[Device, ...] = ("engines", "cpu", "cuda")
 FP32 = "fp32"
 """The reference that is the 32-bit images of the same prompts and latents."""
 DEFAULT_SAMPLES = 256
+TIMED = 8
+"""Prompts on which the configurations are timed, in turn."""
 
 
 class EvaluateOptions(Frozen):
@@ -114,12 +116,10 @@ class Measured:
     Attributes:
         features: Of N images, (N, width) float32 by feature set; empty if no metric needs images.
         bits: (N, steps, blocks) uint8.
-        seconds: (N,) float64 for each image; empty where the device tells nothing about the engines' speed.
     """
 
     features: Features
     bits: NDArray[np.uint8]
-    seconds: NDArray[np.float64]
 
 
 def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: Progress) -> EvaluationReport:
@@ -167,11 +167,16 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         reference = ReferenceStatistics.of_features(
             measured[full].features, extractor.fingerprints, "the 32-bit images of the same prompts and noise"
         )
+    seconds: dict[str, NDArray[np.float64]] = {}
+    if "latency" in metrics and isinstance(renderer, EngineRenderer):
+        progress.stage("time", 1)
+        progress.item(f"{', '.join(names)} in turn")
+        seconds = session.seconds(renderer, names)
     progress.stage("intervals", len(names))
     draws = {}
     for name in names:
         progress.item(name)
-        draws[name] = _draws(measured[name], bundle, metrics, reference, texts)
+        draws[name] = _draws(measured[name], seconds.get(name), bundle, metrics, reference, texts)
     rows = []
     for name, found in draws.items():
         base = draws[baseline] if name != baseline else {}
@@ -234,24 +239,26 @@ class _Session:
                 progress.item(f"{name}: kept from an earlier run")
             return kept
         parts: list[Features] = []
-        bits, seconds = [], []
+        bits = []
         done = 0
-        for images, chosen, times in self._renderer.draw(
-            name, self._prompts, self._latents, self._options.guidance
-        ):
+        for images, chosen in self._renderer.draw(name, self._prompts, self._latents, self._options.guidance):
             if folder is not None:
                 _save_images(images, folder / name, done)
             if self._extractor is not None:
                 parts.append(self._extractor(images))
             bits.append(chosen)
-            seconds.append(times)
             for _ in images:
                 progress.item(f"{name}: {self._prompts[done]}")
                 done += 1
-        measured = Measured(joined(parts), np.concatenate(bits), np.concatenate(seconds))
+        measured = Measured(joined(parts), np.concatenate(bits))
         if folder is not None:
             _write(measured, folder / f"{name}.safetensors", key)
         return measured
+
+    def seconds(self, renderer: EngineRenderer, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Return seconds of an image, on the first prompts."""
+        few = self._prompts[:TIMED]
+        return renderer.seconds(names, few, self._latents[:TIMED], self._options.guidance)
 
 
 def _read(path: Path, key: str) -> Measured | None:
@@ -267,15 +274,15 @@ def _read(path: Path, key: str) -> Measured | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError:
         return None  # not whole: it is drawn again
-    bits, seconds = tensors.pop("bits"), tensors.pop("seconds")
-    return Measured(tensors, bits, seconds)
+    bits = tensors.pop("bits")
+    return Measured(tensors, bits)
 
 
 def _write(measured: Measured, path: Path, key: str) -> None:
     from safetensors.numpy import save_file
 
     with written_aside(path) as aside:
-        tensors: dict[str, NDArray[Any]] = {"bits": measured.bits, "seconds": measured.seconds}
+        tensors: dict[str, NDArray[Any]] = {"bits": measured.bits}
         tensors.update(measured.features)
         save_file(tensors, aside, metadata={"key": key})
 
@@ -291,6 +298,7 @@ def _save_images(images: Tensor, folder: Path, first: int) -> None:
 
 def _draws(
     measured: Measured,
+    seconds: NDArray[np.float64] | None,
     bundle: Bundle,
     metrics: Sequence[Metric],
     reference: ReferenceStatistics | None,
@@ -311,7 +319,8 @@ def _draws(
             return mean_draws(average_bits(measured.bits, layers), images)
         if metric == "bitops":
             return mean_draws(bit_operations(measured.bits, macs, fixed_macs, weight_bits), images)
-        return median_draws(measured.seconds, images)
+        assert metric == "latency" and seconds is not None
+        return median_draws(seconds, resample(len(seconds)))
 
     return {metric: draw(metric) for metric in metrics}
 

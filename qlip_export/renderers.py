@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -23,8 +24,8 @@ from qlip_export.simulate import Simulator
 POLICY = "policy"
 """Name of the configuration in which the bundle's policy chooses the bits."""
 
-Batch = tuple[Tensor, NDArray[np.uint8], NDArray[np.float64]]
-"""Images (n, H, W, 3) uint8, bits (n, steps, blocks), seconds of each image (n,) or (0,)."""
+Batch = tuple[Tensor, NDArray[np.uint8]]
+"""Images (n, H, W, 3) uint8, bits (n, steps, blocks)."""
 
 
 class Renderer(ABC):
@@ -48,7 +49,7 @@ class Renderer(ABC):
 
 
 class EngineRenderer(Renderer):
-    """The engines of the bundle; their seconds count."""
+    """The engines of the bundle."""
 
     def __init__(self, bundle: Bundle, backend: str = "auto") -> None:
         """Load nothing yet but the bundle's small parts.
@@ -69,9 +70,34 @@ class EngineRenderer(Renderer):
             part = slice(start, start + size)
             made = self._pipeline(list(prompts[part]), latents=latents[part], guidance=guidance, bits=bits)
             images = torch.from_numpy(np.stack([np.asarray(image) for image in made.images]))
-            count = len(made.images)
-            seconds = [record["seconds"]["total"] / count for record in made.records]
-            yield images, np.array([r["bits"] for r in made.records], dtype=np.uint8), np.array(seconds)
+            yield images, np.array([r["bits"] for r in made.records], dtype=np.uint8)
+
+    def seconds(
+        self,
+        configurations: Sequence[str],
+        prompts: Sequence[str],
+        latents: NDArray[np.float32],
+        guidance: float,
+    ) -> dict[str, NDArray[np.float64]]:
+        """Time every configuration on every batch of ``prompts``: seconds of an image, (batches,) each.
+
+        Configurations take turns, every other batch backwards, so that what disturbs the machine for a while
+        disturbs all of them. The first batch is drawn once more and not counted: it loads engines.
+        """
+        size = self._pipeline.bundle.manifest.shapes.batch_size
+        found: dict[str, list[float]] = {name: [] for name in configurations}
+        starts = range(0, len(prompts), size)
+        for turn, start in enumerate([0, *starts]):
+            part = slice(start, start + size)
+            for name in list(configurations) if turn % 2 else list(reversed(configurations)):
+                bits = None if name == POLICY else int(name)
+                before = time.perf_counter()
+                made = self._pipeline(
+                    list(prompts[part]), latents=latents[part], guidance=guidance, bits=bits
+                )
+                if turn:
+                    found[name].append((time.perf_counter() - before) / len(made.images))
+        return {name: np.array(times) for name, times in found.items()}
 
     def identity(self) -> object:
         """See `Renderer.identity`."""
@@ -137,7 +163,7 @@ class SimulatorRenderer(Renderer):
             bits=torch.from_numpy(bits[:, :, columns].astype(np.int64)),
             batch_size=128 if self._device == "cuda" else 8,
         ):
-            yield images, bits[done : done + len(images)], np.empty(0)
+            yield images, bits[done : done + len(images)]
             done += len(images)
 
     def identity(self) -> object:

@@ -68,8 +68,8 @@ def test_the_simulator_draws_what_the_engines_draw(tmp_path: Path) -> None:
     engines, simulator = EngineRenderer(opened), SimulatorRenderer(opened, checkpoint, "cpu")
     policy = [POLICY] if opened.manifest.policy else []
     for configuration in [*policy, "8", "16", "32"]:
-        images, bits, _ = map(list, zip(*engines.draw(configuration, prompts, latents, 4.0), strict=True))
-        drawn, chosen, _ = map(list, zip(*simulator.draw(configuration, prompts, latents, 4.0), strict=True))
+        images, bits = map(list, zip(*engines.draw(configuration, prompts, latents, 4.0), strict=True))
+        drawn, chosen = map(list, zip(*simulator.draw(configuration, prompts, latents, 4.0), strict=True))
         assert np.array_equal(np.concatenate(bits), np.concatenate(chosen))
         pairs = zip(np.concatenate(images), np.concatenate(drawn), strict=True)
         found = [psnr(Image.fromarray(a), Image.fromarray(b)) for a, b in pairs]

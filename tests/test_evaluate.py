@@ -32,8 +32,8 @@ edges of the grid, and random weights carry on what was moved: at 8 bits, a step
 
 def drawn(renderer: Any, configuration: str) -> tuple[list[Image.Image], np.ndarray]:
     parts = list(renderer.draw(configuration, PROMPTS, LATENTS, 4.0))
-    images = [Image.fromarray(pixels) for images, _, _ in parts for pixels in images.numpy()]
-    return images, np.concatenate([bits for _, bits, _ in parts])
+    images = [Image.fromarray(pixels) for images, _ in parts for pixels in images.numpy()]
+    return images, np.concatenate([bits for _, bits in parts])
 
 
 # --- the simulator and the engines
@@ -139,6 +139,35 @@ def test_evaluate_compares_the_policy_with_uniform_bits(
     assert sorted(path.name for path in (out / "policy").iterdir()) == [f"{i:05d}.png" for i in range(4)]
     with Image.open(out / "policy" / "00000.png") as image:
         assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_configurations_take_turns_on_the_clock(
+    renderers: tuple[EngineRenderer, SimulatorRenderer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, _ = renderers
+    called = []
+    run = engines._pipeline
+
+    def recording(prompts: list[str], *, bits: int | None, **rest: Any) -> Any:
+        called.append((prompts[0], bits))
+        return run(prompts, bits=bits, **rest)
+
+    monkeypatch.setattr(engines, "_pipeline", Recording(run, recording))
+    seconds = engines.seconds(["policy", "8"], PROMPTS[:2], LATENTS[:2], 4.0)
+    first, second = PROMPTS[:2]
+    assert called == [(first, 8), (first, None), (first, None), (first, 8), (second, 8), (second, None)]
+    assert {name: len(times) for name, times in seconds.items()} == {"policy": 2, "8": 2}
+    assert all((times > 0).all() for times in seconds.values())
+
+
+class Recording:
+    """A pipeline whose calls go through a function."""
+
+    def __init__(self, pipeline: Any, call: Any) -> None:
+        self.bundle, self._call = pipeline.bundle, call
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call(*arguments, **named)
 
 
 def test_the_table_fits_a_terminal(
