@@ -124,6 +124,7 @@ def test_evaluate_compares_the_policy_with_uniform_bits(
     found = rows(report)
     assert list(found) == ["policy", "8", "16", "32"]
     assert report["reference"] == "the 32-bit images of the same prompts and noise"
+    assert report["target"] == ("openvino" if device == "engines" else None)
     assert (report["samples"], report["steps"], report["baseline"]) == (4, STEPS, "16")
     names = {"fid", "sfid", "clip", "fab", "bitops"} | ({"latency"} if device == "engines" else set())
     assert all(set(metrics) == names for metrics in found.values())
@@ -249,6 +250,10 @@ def test_a_folder_of_images_is_a_reference(
         (["--seed", -1], ["--seed", "-1"]),
         (["--model", "emoji"], ["is not the model that", "fingerprint"]),
         (["--metrics", "clip"], ["no vision tower", "image_encoder"]),
+        (
+            ["--metrics", "fab", "--backend", "onnxruntime"],
+            ["holds no engines of onnxruntime", "qlip-export compile", "--backend onnxruntime"],
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(
