@@ -170,10 +170,9 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
             found=f"{free} free",
             fix="free space and run the same command again",
         )
-    progress.note(
-        f"{found.backend} for {found.device}: {len(found.missing)} engines to build, {found.there} there; "
-        f"they take roughly {need} of disk, {free} are free"
-    )
+    engines = f"{len(found.missing)} engines to build, {found.there} there"
+    room = f"; they take roughly {need} of disk, {free} are free" if found.missing else ""
+    progress.note(f"{found.backend} for {found.device}: {engines}{room}")
 
 
 def _engine_bytes(manifest: Manifest, onnx: str) -> int:

@@ -175,10 +175,13 @@ def test_inspect_shows_every_target(cli: Cli, both: Path) -> None:
 # --- only what changed
 
 
-def test_compiling_again_makes_nothing(both: Path, tmp_path: Path) -> None:
+def test_compiling_again_makes_nothing(
+    both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     again = tamper.copy_of(both, tmp_path)
     before = (again / "manifest.json").read_bytes()
-    report = compile_bundle(again, "onnxruntime", Silent())
+    report = compile_bundle(again, "onnxruntime", Plain())
+    assert f"onnxruntime for CPU: 0 engines to build, {ENGINES} there\n" in capsys.readouterr().err
     assert (report.built, report.reused) == (0, ENGINES)
     assert (again / "manifest.json").read_bytes() == before
 
