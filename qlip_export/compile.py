@@ -145,10 +145,12 @@ def compile_target(
 
 def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], folder: Path) -> Preflight:
     """Return what compiling ``missing`` takes; ``folder`` is on the disk that the bundle is on."""
-    sizes = [_engine_bytes(manifest, onnx) + backend.capabilities.overhead for onnx in missing]
+    can = backend.capabilities
+    packed = can.packs_int4 and manifest.quantization.weight_bits == 4
+    sizes = [_engine_bytes(manifest, onnx, packed) + can.overhead for onnx in missing]
     return Preflight(
         backend=backend.name,
-        device=backend.capabilities.device,
+        device=can.device,
         missing=missing,
         there=len(manifest.containers) - len(missing),
         need=sum(sizes) + max(sizes, default=0),
@@ -175,12 +177,18 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
     progress.note(f"{found.backend} for {found.device}: {engines}{room}")
 
 
-def _engine_bytes(manifest: Manifest, onnx: str) -> int:
-    """Return roughly what the engine of an ONNX file takes: its weights in the type that it computes in."""
+def _engine_bytes(manifest: Manifest, onnx: str, packed: bool) -> int:
+    """Return roughly what the engine of an ONNX file takes: its weights in the type that it computes in.
+
+    Where weights are ``packed``, engines other than INT8 ones hold them at 4 bits.
+    """
     for block in manifest.blocks:
         for variant in block.variants.values():
             if variant.onnx == onnx:
                 weights = sum(layer.weights for layer in block.layers)
-                return manifest.files[onnx].size + weights * _BYTES[variant.container]
+                narrow = packed and variant.container is not Container.INT8
+                return manifest.files[onnx].size + int(
+                    weights * (0.5 if narrow else _BYTES[variant.container])
+                )
     weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
     return manifest.files[onnx].size + (weights_file.size if weights_file else 0)

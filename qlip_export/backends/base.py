@@ -30,6 +30,7 @@ class Capabilities:
         containers: Containers for which the device has kernels of their own; the others run, but widened.
         options: What the compiler is told beyond its defaults, JSON.
         overhead: Bytes that an engine may take beside its weights, roughly.
+        packs_int4: Whether engines other than INT8 ones keep 4-bit weights at 4 bits.
     """
 
     device: str
@@ -39,6 +40,7 @@ class Capabilities:
     containers: tuple[Container, ...]
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     overhead: int = 0
+    packs_int4: bool = False
 
 
 class Compiled(Frozen):

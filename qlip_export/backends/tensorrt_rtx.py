@@ -47,6 +47,7 @@ class TensorRtRtxBackend(Backend):
             containers=(Container.FLOAT, Container.HALF, Container.INT8),
             options={"strongly_typed": True, "tf32": False},
             overhead=5_000_000,  # kernels for every GPU
+            packs_int4=True,
         )
 
     def require_device(self) -> None:
