@@ -488,6 +488,12 @@ def calibrate(
         iterations=iterations,
     )
     found, checkpoint = find_model(model)
+    if out is None and found.calibration is not None:
+        raise QlipError(
+            f"{model} brings its calibration; a new one does not go over it unasked",
+            expected="-o FOLDER",
+            fix=f"-o calibration/my-{found.name}, then build --calibration with it",
+        )
     own = found.calibration / "prompts.txt" if found.calibration else None
     source = prompts or (own if own and own.is_file() else None)
     texts = read_prompts(source) if source else list(GENERIC_PROMPTS)

@@ -201,6 +201,10 @@ def print_validation(report: ValidationReport) -> None:
         console.print(command, soft_wrap=True)
 
 
+FEW = 2000
+"""Images below which Fréchet distances in features of a few hundred dimensions say little by themselves."""
+
+
 def print_evaluation(report: EvaluationReport) -> None:
     """Print the metrics of every configuration, each with its interval and its ratio to the baseline."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -219,6 +223,10 @@ def print_evaluation(report: EvaluationReport) -> None:
     )
     if report.reference is not None:
         console.print(f"distances to {report.reference}; FID in {report.features} features")
+    if report.reference is not None and report.samples < FEW:
+        console.print(
+            f"fewer than {FEW} images: distances are far too high and compare rows of this table only"
+        )
     console.print(
         f"± is half a 95 % bootstrap interval; x is the ratio to {report.baseline}, resampled in pairs"
     )

@@ -490,3 +490,9 @@ def test_inspect_of_a_folder_that_is_no_bundle(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "is no bundle" in one_error(cli("inspect", ".", "--json"))["problem"]
+
+
+def test_calibrate_does_not_go_over_what_a_model_brings(cli: Cli) -> None:
+    done = cli("calibrate", "--model", "emoji", "--stages", "ranges")
+    assert done.code == 2
+    assert "emoji brings its calibration" in done.err and "-o calibration/my-emoji" in done.err

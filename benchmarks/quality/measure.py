@@ -74,6 +74,7 @@ class Measurement:
         device = self._subject.device
         result: dict[str, Any] = {
             "row": row,
+            "policy_sha256": self._subject.policy_sha256(row),
             "samples": len(self._prompts),
             "steps": STEPS,
             "guidance": GUIDANCE,

@@ -6,6 +6,7 @@ first, and what is there already is not done again.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks.quality.measure import Measurement, file_name
 from benchmarks.quality.rows import Subject
+from qlip_export.calibrate.bits import TRAINER
 from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.calibrate.stages import CalibrateOptions, Calibration
 from qlip_export.calibrate.trajectories import Trajectories
@@ -62,6 +64,11 @@ class Task:
     result: Path
     needs: tuple[Path, ...]
     do: Callable[[], None]
+    is_current: Callable[[], bool] = lambda: True
+
+    def is_done(self) -> bool:
+        """Say whether the result is there, and still what would be made."""
+        return self.result.exists() and self.is_current()
 
 
 class Worker:
@@ -93,6 +100,8 @@ class Worker:
             yield self._row(f"qlip:{name}", (self._recipe(name),))
         for row in BASELINES:
             yield self._row(row, (self._recipe(row.split(":")[1]),))
+        for criterion in ("complexity", "length"):
+            yield self._labels(criterion)
         for name in [*POLICIES][2:]:
             yield self._policy(name, weights)
             yield self._row(f"qlip:{name}", (self._recipe(name),))
@@ -104,14 +113,14 @@ class Worker:
         started = time.monotonic()
         self._out.mkdir(parents=True, exist_ok=True)
         while time.monotonic() - started < seconds:
-            left = [task for task in self.tasks() if not task.result.exists()]
+            left = [task for task in self.tasks() if not task.is_done()]
             if not left:
                 break
             for task in left:
                 if not all(path.exists() for path in task.needs):
                     continue
                 with _claimed(self._out / f".{file_name(task.name)}.lock") as mine:
-                    if mine and not task.result.exists():
+                    if mine and not task.is_done():
                         before = time.monotonic()
                         task.do()
                         print(f"{task.name}: {time.monotonic() - before:.1f} s", file=sys.stderr, flush=True)
@@ -123,7 +132,13 @@ class Worker:
         return Policy.path(self._calibration, name).with_suffix(".json")
 
     def _row(self, row: str, needs: tuple[Path, ...]) -> Task:
-        return Task(row, self._measurement.path(row), needs, lambda: self._measurement.row(row))
+        path = self._measurement.path(row)
+
+        def is_current() -> bool:
+            found = json.loads(path.read_text(encoding="utf-8")).get("policy_sha256")
+            return bool(found == self.subject.policy_sha256(row))
+
+        return Task(row, path, needs, lambda: self._measurement.row(row), is_current)
 
     def _policy(self, name: str, weights: Path) -> Task:
         def train() -> None:
@@ -133,7 +148,26 @@ class Worker:
             )
             assert made == name, (made, name)
 
-        return Task(f"policy {name}", self._recipe(name), (weights,), train)
+        criterion = POLICIES[name].get("criterion", "quality")
+        needs = (weights, self._calibration / f"t2q.{criterion}.json")
+        return Task(
+            f"policy {name}",
+            self._recipe(name),
+            needs,
+            train,
+            lambda: Policy.load(self._calibration, name).recipe.trainer == TRAINER,
+        )
+
+    def _labels(self, criterion: str) -> Task:
+        return Task(
+            f"t2q {criterion}",
+            self._calibration / f"t2q.{criterion}.json",
+            (),
+            lambda: self._train_t2q(criterion),
+        )
+
+    def _train_t2q(self, criterion: str) -> None:
+        self._calibrate(stages=("t2q",), criterion=criterion)
 
     def _calibrate(self, **options: object) -> CalibrateOptions:
         chosen = CalibrateOptions.model_validate(

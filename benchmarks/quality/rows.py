@@ -23,6 +23,7 @@ from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import quantized_weights
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.families.unet import UNET
+from qlip_export.files import sha256_of
 from qlip_export.policy.q2b import QualityToBits
 from qlip_export.policy.store import Policy
 from qlip_export.quant.ranges import Ranges
@@ -43,7 +44,7 @@ class Subject:
         self.checkpoint, self.calibration, self.device = checkpoint, calibration, device
         self.ranges = Ranges.load(calibration / "ranges.json")
         self._simulators: dict[str, Simulator] = {}
-        self._trajectories: dict[int, Trajectories] = {}
+        self._trajectories: dict[tuple[str, ...], Trajectories] = {}
 
     def simulator(self, row: str) -> Simulator:
         """Return the simulator with the weights of ``row``."""
@@ -62,11 +63,18 @@ class Subject:
 
     def trajectories(self, prompts: Sequence[str]) -> Trajectories:
         """Return full-precision runs over ``prompts``, recorded once."""
-        if len(prompts) not in self._trajectories:
-            self._trajectories[len(prompts)] = record(
+        key = tuple(prompts)
+        if key not in self._trajectories:
+            self._trajectories[key] = record(
                 self.simulator("fp32"), prompts, guidance=GUIDANCE, seed=0, batch_size=256
             )
-        return self._trajectories[len(prompts)]
+        return self._trajectories[key]
+
+    def policy_sha256(self, row: str) -> str | None:
+        """Return the SHA-256 of the policy that a row is about, if it is about one."""
+        if ":" not in row:
+            return None
+        return sha256_of(Policy.path(self.calibration, row.split(":")[1]))
 
     def bits(self, row: str, prompts: Sequence[str]) -> Tensor | None:
         """Return the activation bits of ``row``, (N, steps, layers) int8, or nothing for full precision."""

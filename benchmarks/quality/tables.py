@@ -35,6 +35,7 @@ MAIN = {
     "static:6-8-10": "static, {6,8,10}",
 }
 METRICS = ("fid", "sfid", "clip")
+OTHERS_6_8_10 = ("random:6-8-10", "timestep:6-8-10", "static:6-8-10")
 
 
 def write() -> None:
@@ -79,29 +80,27 @@ def _main() -> str:
     return _table(["", "FAB", "FID", "sFID", "CLIP score", "images"], rows)
 
 
-def _ratios(of: str, to: tuple[str, ...]) -> str:
-    one = _row(of)
-    assert one is not None
+def _ratios(pairs: tuple[tuple[str, str], ...]) -> str:
     rows = []
-    for name in to:
-        other = _row(name)
-        if other is None:
+    for name, base in pairs:
+        one, other = _row(name), _row(base)
+        if one is None or other is None:
             continue
         cells = []
         for metric in METRICS:
             ratio = _draws(one, metric).estimate(_draws(other, metric))
             assert ratio.ratio is not None and ratio.ratio_high is not None
             cells.append(f"{ratio.ratio:.4f} ± {ratio.ratio_high - ratio.ratio:.4f}")
-        fab = other["fab"]["value"] if "fab" in other else 32.0
-        rows.append([MAIN[name], f"{fab:.2f}", *cells])
-    return _table([f"{MAIN[of]} / …", "FAB of …", "FID", "sFID", "CLIP score"], rows)
+        fab = one["fab"]["value"] if "fab" in one else 32.0
+        rows.append([f"{MAIN[name]} / {MAIN[base]}", f"{fab:.2f}", *cells])
+    return _table(["", "FAB", "FID", "sFID", "CLIP score"], rows)
 
 
 def _t2q() -> str:
     rows = []
     for path in sorted(CALIBRATION.glob("t2q.*.json"), reverse=True):
         recipe = QualityRecipe.model_validate_json(path.read_text())
-        label = {"quality": "GIQA", "complexity": "image complexity"}[recipe.criterion]
+        label = {"quality": "GIQA", "complexity": "image complexity", "length": "tokens"}[recipe.criterion]
         rows.append(
             [
                 label,
@@ -121,7 +120,7 @@ def _weights() -> str:
         ["", "round to nearest", "learned"],
         [
             [
-                "squared error of block outputs, relative, mean of 44 blocks",
+                "squared error of block outputs, relative, mean of all blocks",
                 f"{recipe.error_nearest:.5f}",
                 f"{recipe.error_learned:.5f}",
             ],
@@ -133,10 +132,9 @@ def _weights() -> str:
 def _seconds() -> str:
     rows = []
     for shape in ("emoji", "bk-sdm-tiny"):
-        path = SPEED / f"schedules-{shape}.json"
-        if not path.is_file():
-            rows.append([shape, "not measured on this machine", "", "", ""])
-            continue
+        measured, path = SPEED / f"schedules-{shape}.json", RESULTS / f"schedules-{shape}.json"
+        if measured.is_file():
+            path.write_text(measured.read_text())
         record = json.loads(path.read_text())
         for row in record["result"]["rows"]:
             seconds = row["denoiser_seconds_per_image"]
@@ -195,30 +193,30 @@ _LONE = {"stem": "conv_in", "out": "conv_out"}
 
 def _grids() -> str:
     found = json.loads((RESULTS / "grids.json").read_text())
-    groups: dict[str, list[float]] = defaultdict(list)
-    for name, errors in found["centred"].items():
-        kind = "time_emb_proj" if name.endswith("time_emb_proj") else "all other Linear and 1x1 Conv2d"
-        groups[kind].append(errors["8"][0] / errors["8"][1])
-    rows = [
-        [f"centred grid, {kind}", str(len(gains)), f"{np.median(gains):.2f}", f"{max(gains):.2f}"]
-        for kind, gains in groups.items()
-    ]
-    split = [errors["8"][0] / errors["8"][1] for errors in found["split"].values()]
-    weights = [one / two for one, two in found["split_weights"].values()]
-    for what, gains in (
-        ("split grid, inputs of conv1 behind a skip", split),
-        ("split scales, weights of conv1 and conv_shortcut", weights),
-    ):
-        rows.append([what, str(len(gains)), f"{np.median(gains):.2f}", f"{max(gains):.2f}"])
-    return _table(["", "layers", "error, one grid / finer: median", "most"], rows)
+    gains: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for bits in (6, 8):
+        for name, errors in found["centred"].items():
+            lone = name.endswith("time_emb_proj")
+            what = "time_emb_proj" if lone else "all other Linear and 1x1 Conv2d"
+            gains[f"centred grid, {what}", bits].append(errors[str(bits)])
+        for errors in found["split"].values():
+            gains["split grid, inputs of conv1 behind a skip", bits].append(errors[str(bits)])
+    gains["split scales, weights of conv1 and conv_shortcut", 4] = list(found["split_weights"].values())
+    rows = []
+    for (what, bits), pairs in gains.items():
+        ratios = [one / finer for one, finer in pairs]
+        median, most = f"{np.median(ratios):.2f}", f"{max(ratios):.2f}"
+        rows.append([what, str(bits), str(len(ratios)), median, most])
+    return _table(["", "bits", "layers", "error, one grid / finer: median", "most"], rows)
 
 
 TABLES = {
     "main": _main,
-    "against-w4a16": lambda: _ratios("qlip:8-16-32", ("w4a16", "w4a8")),
-    "against-baselines": lambda: _ratios(
-        "qlip:6-8-10", ("w4a8", "w4a6", "random:6-8-10", "timestep:6-8-10", "static:6-8-10")
+    "against-w4a16": lambda: _ratios((("qlip:8-16-32", "w4a16"), ("qlip:8-16-32", "w4a8"))),
+    "against-w4a8": lambda: _ratios(
+        tuple((name, "w4a8") for name in ("qlip:6-8-10", *OTHERS_6_8_10, "w4a6", "fp32"))
     ),
+    "against-baselines": lambda: _ratios(tuple(("qlip:6-8-10", name) for name in OTHERS_6_8_10)),
     "t2q": _t2q,
     "weights": _weights,
     "seconds": _seconds,

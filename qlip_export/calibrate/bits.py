@@ -19,12 +19,14 @@ from qlip_export.policy.q2b import Part, QualityToBits
 from qlip_export.quant.fake import ChooseGrid
 from qlip_export.simulate import Simulator
 
+TRAINER = 2
+"""Raised when this code learns something else from the same settings: policies are then made again."""
 LEARNING_RATE = 0.05
 LAMBDA_BIT = 1e-3
 """Weight of the cost where none is given, and where steering it to a FAB starts."""
 LAMBDA_RATE = 0.05
 """How fast lambda_bit follows the FAB in an iteration, where it is steered to a target."""
-FORWARD_SCALE = 16.0
+LOSS_SCALE = 16.0
 """FP16 gradients of the denoiser would lose their smallest values without it."""
 
 
@@ -135,7 +137,7 @@ def train_q2b(
         error = (prediction - wanted).square().flatten(1)
         cost = (probability * costs).sum((1, 2)).mean()
         optimizer.zero_grad()
-        (FORWARD_SCALE * (error.sum(1).mean() + weight * cost)).backward()
+        (LOSS_SCALE * (error.sum(1).mean() + weight * cost)).backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from qlip_export.bundle import Bundle
-from qlip_export.calibrate.bits import LAMBDA_BIT, LEARNING_RATE, Plan, bit_costs, train_q2b
+from qlip_export.calibrate.bits import LAMBDA_BIT, LEARNING_RATE, TRAINER, Plan, bit_costs, train_q2b
 from qlip_export.calibrate.latency import latency_costs, read_latencies
 from qlip_export.calibrate.quality import (
     LEAST_LABELS,
@@ -60,7 +60,9 @@ from qlip_export.spec import Container, Frozen, Granularity, container_of
 Stage = Literal["ranges", "weights", "t2q", "q2b"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 WEIGHT_BITS = 4
-SAID_LATELY = ("reference_sha256", "ranges_sha256", "weights")
+TARGET_MISSED = 0.02
+"""Relative distance from the target FAB that is worth a word."""
+SAID_LATELY = ("reference_sha256",)
 """Fields that recipes lack which were written before there was such a field."""
 _UNIFORM = "--stages ranges,weights for uniform bits"
 
@@ -396,7 +398,11 @@ class Calibration:
             "target_fab": options.target_fab,
             "ranges_sha256": sha256_of(self._folder / "ranges.json"),
             "weights": sha256_of(rounding) if rounding.is_file() else "nearest",
+            "trainer": TRAINER,
         }
+        costs = self._costs(simulator, units, unit_of_layer)
+        if options.cost == "latency":
+            recipe["latency_sha256"] = sha256_of(self._latencies)
         if options.target_fab is None:
             recipe["lambda_bit"] = options.lambda_bit or LAMBDA_BIT
         path = Policy.path(self._folder, name)
@@ -407,7 +413,7 @@ class Calibration:
             parts=frozenset(options.learned_parts),
             units=units,
             unit_of_layer=unit_of_layer,
-            costs=self._costs(simulator, units, unit_of_layer),
+            costs=costs,
             groups=options.groups,
             forced_steps=options.forced_steps,
             lambda_bit=options.lambda_bit,
@@ -427,6 +433,10 @@ class Calibration:
             lambda fab, error: self._progress.item(f"FAB {fab:.2f}, error {error:.5f}"),
         )
         self._measured |= {"fab": learned.fab, "error": learned.error, "lambda_bit": learned.lambda_bit}
+        if options.target_fab is not None and abs(learned.fab / options.target_fab - 1) > TARGET_MISSED:
+            self._progress.note(
+                f"the target FAB of {options.target_fab:g} was missed: the policy has {learned.fab:.2f}"
+            )
         made = PolicyRecipe.model_validate(
             {**recipe, "lambda_bit": learned.lambda_bit, "fab": learned.fab, "error": learned.error}
         )

@@ -126,6 +126,13 @@ def select_policy(
             found=recipe.granularity,
             fix=f"build with --blocks {recipe.granularity}, or --policy none for uniform bits",
         )
+    if recipe.criterion == "length":
+        raise QlipError(
+            f"{path} chooses by the number of tokens, which no engine counts",
+            expected="a policy by quality or complexity",
+            found="a policy for comparison",
+            fix="name another policy, or --policy none for uniform bits",
+        )
     quality = Quality.load(folder, recipe.criterion)
     quality.check(text_encoder, Quality.path(folder, recipe.criterion))
     selected = SelectedPolicy(name, path, policy, quality, denoiser, bits)

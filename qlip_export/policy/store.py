@@ -77,12 +77,17 @@ class PolicyRecipe(Frozen):
     seed: int
     lambda_bit: float = Field(description="as it was at the end")
     target_fab: float | None = Field(description="FAB that lambda_bit was steered to, if any")
-    ranges_sha256: str | None = Field(None, description="of the ranges' file; older recipes do not say")
+    ranges_sha256: str | None = Field(None, description="of the ranges' file; trainer 1 did not say")
     weights: str | None = Field(
-        None, description="SHA-256 of the learned rounding, or nearest; older recipes do not say"
+        None, description="SHA-256 of the learned rounding, or nearest; trainer 1 did not say"
     )
+    latency_sha256: str | None = Field(None, description="of the measured times, where they are the cost")
     fab: float = Field(description="mean bits over units' layers and steps that training prompts get")
-    error: float = Field(description="mean squared error of the guided prediction on training prompts")
+    error: float = Field(
+        description="mean squared error of the guided prediction in the last tenth of training, "
+        "before offsets were shifted to the target FAB"
+    )
+    trainer: int = Field(1, description="version of the training code; 1 paired some gradients wrongly")
 
 
 class Quality:

@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 pytest.importorskip("sklearn")
 
 from qlip_export.calibrate import stages
+from qlip_export.calibrate.bits import TRAINER
 from qlip_export.calibrate.stages import CalibrateOptions, Calibration, Sizes
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.files import sha256_of
@@ -191,10 +192,22 @@ def test_a_policy_is_trained_again_for_other_weights(mine: Path, calibrate: Call
     assert Policy.load(mine, "8-16-32").recipe.weights == "nearest"
 
 
-def test_recipes_of_before_a_field_was_added_are_good(mine: Path, calibrate: Callable[..., Any]) -> None:
+def test_what_an_older_trainer_made_is_made_again(mine: Path, calibrate: Callable[..., Any]) -> None:
     path = mine / "policies" / "8-16-32.json"
     recipe = json.loads(path.read_text())
-    del recipe["weights"], recipe["ranges_sha256"]
+    del recipe["trainer"]
+    path.write_text(json.dumps(recipe))
+    assert Policy.load(mine, "8-16-32").recipe.trainer == 1
+    assert report(calibrate(mine))["reused"] == ["ranges", "weights", "t2q"]
+    assert Policy.load(mine, "8-16-32").recipe.trainer == TRAINER
+
+
+def test_quality_recipes_of_before_a_field_was_added_are_good(
+    mine: Path, calibrate: Callable[..., Any]
+) -> None:
+    path = mine / "t2q.quality.json"
+    recipe = json.loads(path.read_text())
+    del recipe["reference_sha256"]
     path.write_text(json.dumps(recipe))
     assert report(calibrate(mine))["reused"] == ALL
 

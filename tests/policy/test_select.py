@@ -118,6 +118,10 @@ def _another_t2q(folder: Path, model: Checkpoint) -> None:
     write_policy(folder, model, (8, 16, 32), t2q_sha256="d" * 64)
 
 
+def _by_length(folder: Path, model: Checkpoint) -> None:
+    write_policy(folder, model, (8, 16, 32), t2q_sha256=_sha256(folder), name="8-16-32", criterion="length")
+
+
 def _rounding_of_another_model(folder: Path, model: Checkpoint) -> None:
     write_rounding(folder, model, fingerprint="c" * 64)
 
@@ -145,6 +149,7 @@ def _nothing(folder: Path, model: Checkpoint) -> None:
         (_another_text_encoder, [], [f"{T2Q} was made for another text encoder", "found: eeeeeeeeeeeeeeee…"]),
         (_another_cut, [], [f"{DEFAULT} was trained for other blocks", "expected: coarse", "found: fine"]),
         (_nothing, ["--blocks", "fine"], ["trained for other blocks", "found: coarse", "--policy none"]),
+        (_by_length, [], [f"{DEFAULT} chooses by the number of tokens", "--policy none"]),
         (_another_t2q, [], [f"{DEFAULT} was trained with another T2Q network", "expected: SHA-256 dddddddd"]),
         (_truncate(DEFAULT), [], [f"cannot read calibration/{DEFAULT}", "run 'qlip-export calibrate'"]),
         (_truncate(T2Q), [], [f"cannot read calibration/{T2Q}"]),
