@@ -24,7 +24,7 @@ from qlip_export.calibrate.weights import quantized_weights
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.families.unet import UNET
 from qlip_export.files import sha256_of
-from qlip_export.policy.q2b import QualityToBits
+from qlip_export.policy.q2b import QualityToBits, timestep_groups
 from qlip_export.policy.store import Policy
 from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.rounding import LearnedRounding
@@ -105,15 +105,9 @@ class Subject:
         return bits
 
     def _of(self, policy: Policy, q2b: QualityToBits, q: Tensor, forced: int) -> Tensor:
-        groups = q2b.lines().shape[0]
-        unit_of_layer = self._unit_of_layer(policy)
         options = torch.tensor(policy.recipe.options, dtype=torch.int8)
-        steps = []
-        with torch.no_grad():
-            for step in range(STEPS):
-                probabilities = q2b.probabilities(q, step * groups // STEPS, step < forced)
-                steps.append(options[probabilities.argmax(-1)][:, unit_of_layer])
-        return torch.stack(steps, 1)
+        chosen = q2b.run(q, timestep_groups(STEPS, len(q2b.lines())), forced)
+        return options[chosen][..., self._unit_of_layer(policy)]
 
     def _unit_of_layer(self, policy: Policy) -> list[int]:
         recipe = policy.recipe

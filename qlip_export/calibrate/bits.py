@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlip_export.calibrate.trajectories import Trajectories
-from qlip_export.policy.q2b import Part, QualityToBits
+from qlip_export.policy.q2b import Part, QualityToBits, timestep_groups
 from qlip_export.quant.fake import ChooseGrid
 from qlip_export.simulate import Simulator
 
@@ -113,6 +113,7 @@ def train_q2b(
     bits = torch.tensor(plan.options, dtype=torch.float32, device=device)
     qualities = qualities.to(device)
     prompts, steps = trajectories.inputs.shape[:2]
+    group_of_step = torch.tensor(timestep_groups(steps, plan.groups), device=device)
     generator = torch.Generator(device=device).manual_seed(plan.seed)
     optimizer = torch.optim.Adam(q2b.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.iterations, LEARNING_RATE / 10)
@@ -125,7 +126,7 @@ def train_q2b(
         prompt = torch.randint(prompts, (plan.batch,), generator=generator, device=device)
         offset = torch.rand(plan.batch, generator=generator, device=device)
         step = ((parts + offset) / plan.batch * steps).long().clamp(max=steps - 1)
-        choice, probability = q2b(qualities[prompt], step * plan.groups // steps, step < plan.forced_steps)
+        choice, probability = q2b(qualities[prompt], group_of_step[step], step < plan.forced_steps)
         _choose(simulator, choice, unit_of_layer, grids)
         prediction = simulator.guided(
             trajectories.inputs[prompt, step],
@@ -175,12 +176,8 @@ def shift_to(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> N
 def mean_bits(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> float:
     """Return FAB over prompts, steps and layers."""
     bits = torch.tensor(plan.options, dtype=torch.float32)
-    unit_of_layer = torch.tensor(plan.unit_of_layer)
-    total = 0.0
-    for step in range(steps):
-        choice, _ = q2b(qualities, step * plan.groups // steps, step < plan.forced_steps)
-        total += float(bits[choice.argmax(-1)][:, unit_of_layer].mean())
-    return total / steps
+    chosen = q2b.run(qualities, timestep_groups(steps, plan.groups), plan.forced_steps)
+    return float(bits[chosen].mean((0, 1))[list(plan.unit_of_layer)].double().mean())
 
 
 def _choose(simulator: Simulator, choice: Tensor, unit_of_layer: Tensor, grids: Tensor) -> None:

@@ -100,6 +100,17 @@ class QualityToBits(nn.Module):
         return hard + probabilities - probabilities.detach(), probabilities
 
     @torch.no_grad()
+    def run(self, q: Tensor, group_of_step: Sequence[int], forced_steps: int) -> Tensor:
+        """Return the index of the most probable option over a whole run, (N, steps, K) int64."""
+        return torch.stack(
+            [
+                self.probabilities(q, group, step < forced_steps).argmax(-1)
+                for step, group in enumerate(group_of_step)
+            ],
+            1,
+        )
+
+    @torch.no_grad()
     def table(self, units: Sequence[str], group_of_step: Sequence[int], forced_steps: int) -> DecisionTable:
         """Compile the learned values into a decision table; what decides is `forward` in float64.
 
@@ -158,6 +169,6 @@ def check_parts(options: Sequence[int], parts: frozenset[Part]) -> None:
         )
 
 
-def timestep_groups(steps: int, size: int) -> tuple[int, ...]:
-    """Return the group of every sampling step: ``size`` neighbouring steps share p_m and p_h."""
-    return tuple(step // size for step in range(steps))
+def timestep_groups(steps: int, groups: int) -> tuple[int, ...]:
+    """Return the group of every sampling step: neighbouring steps share p_m and p_h."""
+    return tuple(step * groups // steps for step in range(steps))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of, written_aside
-from qlip_export.policy.q2b import Part, QualityToBits
+from qlip_export.policy.q2b import Part, QualityToBits, timestep_groups
 from qlip_export.policy.t2q import TextToQuality
 from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import Frozen, Granularity
@@ -223,7 +223,7 @@ class Policy:
         recipe = self.recipe
         table: DecisionTable = self.q2b.table(
             recipe.units,
-            [step * recipe.groups // steps for step in range(steps)],
+            timestep_groups(steps, recipe.groups),
             min(steps, round(recipe.forced_steps * steps / recipe.steps)),
         )
         return table

@@ -18,7 +18,7 @@ def test_graph_agrees_with_torch_and_table() -> None:
     q2b = QualityToBits((6, 8, 16, 32), units=7, groups=3, parts=frozenset("qmh"))
     for parameter in q2b.parameters():
         torch.nn.init.normal_(parameter, std=3.0)
-    table = q2b.table([f"u{i}" for i in range(7)], timestep_groups(6, 2), forced_steps=1)
+    table = q2b.table([f"u{i}" for i in range(7)], timestep_groups(6, 3), forced_steps=1)
     model = policy_graph(
         t2q.projection.numpy(),
         (t2q.hidden.weight.detach().numpy(), t2q.hidden.bias.detach().numpy()),

@@ -30,7 +30,7 @@ def random_q2b(options: tuple[int, ...], parts: str, units: int, groups: int, se
 @pytest.mark.parametrize(("options", "parts"), VARIANTS)
 def test_table_equals_q2b_for_every_quality(options: tuple[int, ...], parts: str) -> None:
     module = random_q2b(options, parts, units=9, groups=3, seed=1)
-    table = module.table([f"u{i}" for i in range(9)], timestep_groups(12, 4), forced_steps=2)
+    table = module.table([f"u{i}" for i in range(9)], timestep_groups(12, 3), forced_steps=2)
     thresholds = [t for row in table.choices for choice in row for t in choice.thresholds]
     assert thresholds, "a policy that never changes its mind tests nothing"
     near = np.array(thresholds, dtype=np.float32)
@@ -45,7 +45,7 @@ def test_table_equals_q2b_for_every_quality(options: tuple[int, ...], parts: str
 
 def test_first_steps_are_forced() -> None:
     module = random_q2b((8, 16, 32), "qmh", units=6, groups=2, seed=3)
-    table = module.table("abcdef", timestep_groups(8, 4), forced_steps=2)
+    table = module.table("abcdef", timestep_groups(8, 2), forced_steps=2)
     hard, _ = module(torch.tensor([0.0], dtype=torch.float64), 0, forced=True)
     assert table.bits(0.0, 1) == tuple(np.array([8, 16, 32])[hard[0].argmax(-1).numpy()])
     assert table.bits(0.0, 0) == table.bits(1.0, 0)
