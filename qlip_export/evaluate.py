@@ -43,10 +43,10 @@ from qlip_export.metrics import (
     median_draws,
     resample,
 )
+from qlip_export.noise import seeded_noise
 from qlip_export.progress import Progress
 from qlip_export.reference import check_same_model
 from qlip_export.renderers import POLICY, EngineRenderer, Renderer, SimulatorRenderer
-from qlip_export.runtime.pipeline import seeded_noise
 from qlip_export.spec import REFERENCE_BITS, Frozen, container_of
 from qlip_export.zoo import ZooModel, find_model
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from qlip_export.bundle import Manifest
-from qlip_export.spec import Frozen
+from qlip_export.spec import T2Q_HIDDEN, Frozen
 
 FLOAT = 4
 """Bytes of a float32."""
-HIDDEN = 512
-"""Width of T2Q's second linear (table S5)."""
 
 
 class MemoryRow(Frozen):
@@ -30,7 +28,7 @@ def t2q_bytes(projected: int) -> int:
 
     The frozen projection belongs to the text encoder and is not counted: for 768 these are 1.5 MB.
     """
-    return FLOAT * (projected * HIDDEN + HIDDEN + HIDDEN + 1)
+    return FLOAT * (projected * T2Q_HIDDEN + T2Q_HIDDEN + T2Q_HIDDEN + 1)
 
 
 def q2b_bytes(units: int, groups: int, per_group: int) -> int:
@@ -78,7 +76,7 @@ def _policy(manifest: Manifest) -> list[MemoryRow]:
         units, groups = len(policy.table.units), len(policy.table.choices)
         learned = len(set(policy.parts) - {"q"})
         rows = [
-            ("T2Q", t2q_bytes(projected), f"linears {projected} to {HIDDEN} to 1"),
+            ("T2Q", t2q_bytes(projected), f"linears {projected} to {T2Q_HIDDEN} to 1"),
             (
                 "Q2B",
                 q2b_bytes(units, groups, learned),

@@ -17,6 +17,10 @@ REFERENCE_BITS = 32
 """Every block is also exported at 32 bits, whatever the options: validation compares against that graph."""
 
 
+T2Q_HIDDEN = 512
+"""Width of T2Q's hidden layer (QLIP, table S5)."""
+
+
 class Frozen(BaseModel):
     """Base of all configuration: immutable, unknown keys are errors."""
 

@@ -20,10 +20,10 @@ from pydantic import Field
 
 from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, VariantEntry
 from qlip_export.errors import NotFiniteError, QlipError
+from qlip_export.noise import seeded_noise
 from qlip_export.parity import save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
-from qlip_export.runtime.pipeline import seeded_noise
 from qlip_export.runtime.tokenizer import PromptTokenizer
 from qlip_export.spec import REFERENCE_BITS, Container, Frozen, container_of, variant_name
 from qlip_export.zoo import find_model

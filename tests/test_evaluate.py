@@ -15,10 +15,10 @@ pytest.importorskip("torchmetrics")
 
 from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.noise import seeded_noise
 from qlip_export.progress import Silent
 from qlip_export.reference import psnr
 from qlip_export.renderers import POLICY, EngineRenderer, SimulatorRenderer
-from qlip_export.runtime.pipeline import seeded_noise
 from tests.conftest import STEPS, Cli
 from tests.test_cli import one_error, told
 from tests.tiny import IMAGE_SIZE, LATENT_SIZE, WORDS

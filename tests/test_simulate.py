@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qlip_export.bundle import Bundle
-from qlip_export.calibrate.trajectories import initial_noise
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.noise import seeded_noise
 from qlip_export.quant.ranges import Ranges
 from qlip_export.simulate import Simulator
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH
@@ -27,7 +27,7 @@ def simulator(towers: Path, calibration: Path) -> Simulator:
 
 
 def noise(simulator: Simulator, count: int = len(PROMPTS)) -> np.ndarray:
-    return np.stack([initial_noise(seed, simulator.latents_shape) for seed in range(count)])
+    return np.stack([seeded_noise(seed, simulator.latents_shape) for seed in range(count)])
 
 
 def images(simulator: Simulator, bits: torch.Tensor | None) -> torch.Tensor:

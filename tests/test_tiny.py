@@ -18,10 +18,10 @@ from qlip_export.calibrate import load_pipeline
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.diffusers_denoiser import DiffusersDenoiser
 from qlip_export.errors import QlipError
+from qlip_export.noise import seeded_noise
 from qlip_export.progress import Silent
 from qlip_export.reference import psnr, reference_image, reference_pipeline
 from qlip_export.runtime import TextToImage
-from qlip_export.runtime.pipeline import seeded_noise
 from qlip_export.runtime.tokenizer import PromptTokenizer
 from qlip_export.validate import validate
 from tests.conftest import STEPS, Shared, build_tiny

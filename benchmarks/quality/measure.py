@@ -16,10 +16,10 @@ from torch import Tensor
 
 from benchmarks.quality.rows import GUIDANCE, STEPS, Subject
 from qlip_export.calibrate.ranges import read_prompts
-from qlip_export.calibrate.trajectories import initial_noise
 from qlip_export.features import FeatureExtractor, Features, ReferenceStatistics, joined, text_embeddings
 from qlip_export.files import write_json, written_aside
 from qlip_export.metrics import Draws, clip_scores, frechet_draws, mean_draws, resample
+from qlip_export.noise import seeded_noise
 
 SEED = 1_000_000
 """Noise of the first image; far from the seeds that calibration draws with."""
@@ -46,7 +46,7 @@ class Measurement:
         self._extractor = FeatureExtractor(model, device=subject.device)
         self._texts = text_embeddings(model, self._prompts, device=subject.device)
         shape = subject.simulator("fp32").latents_shape
-        self._noise = np.stack([initial_noise(SEED + i, shape) for i in range(len(self._prompts))])
+        self._noise = np.stack([seeded_noise(SEED + i, shape) for i in range(len(self._prompts))])
         self._drawn = resample(len(self._prompts))
 
     def path(self, row: str) -> Path:

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qlip_export.calibrate.trajectories import initial_noise
 from qlip_export.errors import QlipError
+from qlip_export.noise import seeded_noise
 from qlip_export.policy.store import Criterion, Quality
 from qlip_export.policy.t2q import TextToQuality
 from qlip_export.simulate import Simulator
@@ -71,7 +71,7 @@ def draw(
     found, complexity = [], []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        noise = np.stack([initial_noise(seed + start + i, simulator.latents_shape) for i in range(len(part))])
+        noise = np.stack([seeded_noise(seed + start + i, simulator.latents_shape) for i in range(len(part))])
         for images in simulator.generate(part, noise, guidance=guidance, batch_size=batch_size):
             found.append(features(images).float().cpu().numpy())
             complexity.append(gradient_magnitude(images).numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise QlipError(f"{path} holds no prompt", expected="a prompt a line", found="an empty file")
     return prompts
+
+
+def hash_of(prompts: Sequence[str]) -> str:
+    """Return the SHA-256 of a list of prompts, one a line."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def measure_ranges(
@@ -105,7 +110,7 @@ def measure_ranges(
         for handle in handles:
             handle.remove()
     recipe = Recipe(
-        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        prompts_sha256=hash_of(prompts),
         prompts=len(prompts),
         steps=steps,
         scheduler=scheduler,

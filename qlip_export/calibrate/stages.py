@@ -32,7 +32,7 @@ from qlip_export.calibrate.quality import (
     scaled,
     train_t2q,
 )
-from qlip_export.calibrate.ranges import measure_ranges, require_device
+from qlip_export.calibrate.ranges import hash_of, measure_ranges, require_device
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import blocks_of, learn_rounding, quantized_weights
 from qlip_export.capture import denoiser_family
@@ -598,8 +598,3 @@ class Calibration:
             units,
             self.denoiser,
         )
-
-
-def hash_of(prompts: Sequence[str]) -> str:
-    """Return the SHA-256 of a list of prompts, one a line."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

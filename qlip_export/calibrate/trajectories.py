@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlip_export.noise import seeded_noise
 from qlip_export.simulate import Simulator
 
 
@@ -63,7 +64,7 @@ def record(
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         part = encoded.states[start : start + batch_size]
         noise = torch.from_numpy(
-            np.stack([initial_noise(seed + start + i, simulator.latents_shape) for i in range(len(part))])
+            np.stack([seeded_noise(seed + start + i, simulator.latents_shape) for i in range(len(part))])
         )
 
         def keep(
@@ -84,10 +85,3 @@ def record(
         empty=empty.half(),
         guidance=guidance,
     )
-
-
-def initial_noise(
-    seed: int, shape: tuple[int, int, int]
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Return unit-variance noise of one image, float32: what the run time starts from for the same seed."""
-    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-HIDDEN = 512
+from qlip_export.spec import T2Q_HIDDEN
 
 
 class TextToQuality(nn.Module):
@@ -18,8 +18,8 @@ class TextToQuality(nn.Module):
         """Take the projection's weight, (C, C_clip) float32."""
         super().__init__()
         self.register_buffer("projection", projection.detach().float().clone())
-        self.hidden = nn.Linear(projection.shape[0], HIDDEN)
-        self.output = nn.Linear(HIDDEN, 1)
+        self.hidden = nn.Linear(projection.shape[0], T2Q_HIDDEN)
+        self.output = nn.Linear(T2Q_HIDDEN, 1)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return q in (0, 1), shape (N,), for pooled embeddings before projection, (N, C_clip) float32."""

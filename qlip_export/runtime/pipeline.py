@@ -16,6 +16,7 @@ from PIL import Image
 from qlip_export.backends.base import Buffer
 from qlip_export.bundle import Bundle, ComponentEntry, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
+from qlip_export.noise import seeded_noise
 from qlip_export.runtime.chain import BitPattern, Chain
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
@@ -298,11 +299,6 @@ class _Component:
             self._backend.write(self._buffers[name], array)
         self._engine.run()
         return {port.name: self._backend.read(self._buffers[port.name]) for port in entry.outputs}
-
-
-def seeded_noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return unit-variance noise; the same for the same seed on every machine (Philox)."""
-    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32)
 
 
 def to_images(pixels: NDArray[np.float32]) -> list[Image.Image]:

@@ -21,9 +21,9 @@ from qlip_export.calibrate.quality import (
     scaled,
     train_t2q,
 )
-from qlip_export.calibrate.trajectories import initial_noise
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.noise import seeded_noise
 from qlip_export.policy.store import Quality
 from qlip_export.simulate import Simulator
 from tests.calibrate.conftest import PROMPTS
@@ -120,7 +120,7 @@ def test_drawn_images_are_described_in_the_order_of_the_prompts(simulator: Simul
         on_images=batches.append,
     )
     assert batches == [3, 1]
-    noise = np.stack([initial_noise(3 + i, simulator.latents_shape) for i in range(4)])
+    noise = np.stack([seeded_noise(3 + i, simulator.latents_shape) for i in range(4)])
     images = torch.cat(list(simulator.generate(PROMPTS, noise, guidance=4.0, batch_size=3)))
     assert images.shape == (4, IMAGE_SIZE, IMAGE_SIZE, 3)
     assert np.array_equal(drawn.features, images.float().mean((1, 2)).numpy())
