@@ -124,13 +124,11 @@ def _our_image(pipeline: TextToImage, bits: int) -> Callable[[], Any]:
 def _diffusers_image(of: Subject, ours: TextToImage, name: str) -> Callable[[], Any]:
     import torch
 
-    from qlip_export.calibrate import load_pipeline
     from qlip_export.checkpoint import Checkpoint
-    from qlip_export.sampler_probe import scheduler_from_config
+    from qlip_export.torch_pipeline import load_pipeline, use_scheduler
 
     pipeline = load_pipeline(Checkpoint(of.folder))
-    scheduler = ours.bundle.manifest.sampler.scheduler
-    pipeline.scheduler = scheduler_from_config(scheduler, dict(pipeline.scheduler.config))
+    use_scheduler(pipeline, ours.bundle.manifest.sampler.scheduler)
     if "BF16" in name:
         pipeline.to(torch.bfloat16)
     if "compile" in name:

@@ -252,7 +252,9 @@ def _ranges(
     text_encoder = checkpoint.component("text_encoder").fingerprint
     scheduler = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
     package = Path(__file__).parent
-    code = [sha256_of(package / "calibrate" / "ranges.py"), sha256_of(package / "quant" / "ranges.py")]
+    code = [
+        sha256_of(package / file) for file in ("calibrate/ranges.py", "quant/ranges.py", "torch_pipeline.py")
+    ]
     key = content_key("ranges", code, fingerprint, text_encoder, scheduler, prompts, steps, options.scheduler)
     path, _ = workspace.product(RANGES, key, measure)
     return Ranges.load(path)

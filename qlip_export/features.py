@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from qlip_export.checkpoint import Component
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of, written_aside
 from qlip_export.spec import Frozen
+from qlip_export.torch_pipeline import quiet_loading, token_ids
 
 SPATIAL_CHANNELS = 7
 """Channels of the spatial map that sFID uses."""
@@ -66,7 +66,7 @@ class FeatureExtractor:
 
         tower.get("visual_projection.weight")  # transformers would make up a missing one at random
         self._device = torch.device(device)
-        with _quiet_loading():
+        with quiet_loading():
             self._tower: Any = CLIPVisionModelWithProjection.from_pretrained(
                 tower.folder, local_files_only=True
             )
@@ -138,18 +138,11 @@ def text_embeddings(
     encoder = Component(model / "text_encoder")
     encoder.get("text_projection.weight")  # transformers would make up a missing one at random
     tokenizer: Any = CLIPTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
-    with _quiet_loading():
+    with quiet_loading():
         tower: Any = CLIPTextModelWithProjection.from_pretrained(encoder.folder, local_files_only=True)
     tower.float().eval().to(device)
     found = []
-    for start in range(0, len(prompts), batch_size):
-        ids = tokenizer(
-            list(prompts[start : start + batch_size]),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+    for ids in token_ids(tokenizer, prompts, batch_size):
         found.append(tower(input_ids=ids.to(device)).text_embeds.float().cpu().numpy())
     embeddings: NDArray[np.float32] = np.concatenate(found)
     return embeddings
@@ -324,17 +317,3 @@ def _unpacked(upper: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     matrix[np.triu_indices(width)] = upper
     matrix.T[np.triu_indices(width)] = upper
     return matrix
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers from telling of parameters that are not read, and of how far it has loaded."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

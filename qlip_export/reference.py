@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qlip_export.bundle import Bundle
-from qlip_export.calibrate import load_pipeline
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.graph.weights import WeightIndex
 from qlip_export.quant.fake import FakeQuantizer
 from qlip_export.quant.ranges import Ranges
-from qlip_export.sampler_probe import scheduler_from_config
+from qlip_export.torch_pipeline import load_pipeline, replace_weights, use_scheduler
 
 DENOISER_WEIGHTS = "onnx/denoiser.weights.bin"
 
@@ -37,12 +36,9 @@ def reference_pipeline(bundle: Bundle, checkpoint: Checkpoint, *, bits: int = 32
     check_same_model(bundle, checkpoint)
     family = denoiser_family(checkpoint)
     pipeline = load_pipeline(checkpoint)
-    sampler = bundle.manifest.sampler
-    pipeline.scheduler = scheduler_from_config(sampler.scheduler, dict(pipeline.scheduler.config))
+    use_scheduler(pipeline, bundle.manifest.sampler.scheduler)
     denoiser = getattr(pipeline, family.denoiser_folder)
-    parameters = dict(denoiser.named_parameters())
-    for name, weight in quantized_weights(bundle).items():
-        parameters[name].data.copy_(torch.from_numpy(weight))
+    replace_weights(denoiser, quantized_weights(bundle))
     if bits <= 8 and bundle.manifest.quantization.ranges is not None:
         ranges = Ranges.load(bundle.file(bundle.manifest.quantization.ranges))
         quantizer = FakeQuantizer(denoiser, {bits: ranges.thresholds(bits)})

@@ -16,13 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qlip_export.calibrate.ranges import load_pipeline, require_device
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.quant.fake import FakeQuantizer, round_rows
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
-from qlip_export.sampler_probe import scheduler_from_config
+from qlip_export.torch_pipeline import (
+    load_pipeline,
+    replace_weights,
+    require_device,
+    token_ids,
+    use_scheduler,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Simulator:
         if ranges is not None:
             ranges.check(checkpoint.component(family.denoiser_folder).fingerprint, set(), checkpoint.folder)
         self.pipeline = load_pipeline(checkpoint)
-        self.pipeline.scheduler = scheduler_from_config(scheduler, dict(self.pipeline.scheduler.config))
+        use_scheduler(self.pipeline, scheduler)
         self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser_folder)
         self.set_weights(weights or {})
         for part in (self.denoiser, self.pipeline.text_encoder, self.pipeline.vae):
@@ -116,9 +121,7 @@ class Simulator:
 
     def set_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace parameters of the denoiser, by name."""
-        parameters = dict(self.denoiser.named_parameters())
-        for name, weight in weights.items():
-            parameters[name].data.copy_(torch.from_numpy(weight))
+        replace_weights(self.denoiser, weights)
 
     @property
     def latents_shape(self) -> tuple[int, int, int]:
@@ -152,14 +155,8 @@ class Simulator:
         """Return the text states and pooled embeddings of ``prompts``."""
         tokenizer = self.pipeline.tokenizer
         states, pooled = [], []
-        for start in range(0, len(prompts), batch_size):
-            ids = tokenizer(
-                list(prompts[start : start + batch_size]),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
+        for batch in token_ids(tokenizer, prompts, batch_size):
+            ids = batch.to(self.device)
             found = self.pipeline.text_encoder(ids).last_hidden_state.float()
             ends = (ids == tokenizer.eos_token_id).int().argmax(1)
             states.append(found)

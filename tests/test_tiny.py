@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from qlip_export.bundle import Bundle
-from qlip_export.calibrate import load_pipeline
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.diffusers_denoiser import DiffusersDenoiser
 from qlip_export.errors import QlipError
@@ -23,6 +22,7 @@ from qlip_export.progress import Silent
 from qlip_export.reference import psnr, reference_image, reference_pipeline
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.tokenizer import PromptTokenizer
+from qlip_export.torch_pipeline import load_pipeline
 from qlip_export.validate import validate
 from tests.conftest import STEPS, Shared, build_tiny
 from tests.tiny import BLOCKS, IMAGE_SIZE, TEXT_LENGTH

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.quant.ranges import BINS, MagnitudeHistogram, Ranges, Recipe
-from qlip_export.sampler_probe import scheduler_from_config
+from qlip_export.torch_pipeline import load_pipeline, require_device, use_scheduler
 
 GENERIC_PROMPTS = (
     "a cat",
@@ -86,7 +85,7 @@ def measure_ranges(
     """
     require_device(device)
     pipeline = load_pipeline(checkpoint).to(device)
-    pipeline.scheduler = scheduler_from_config(scheduler, dict(pipeline.scheduler.config))
+    use_scheduler(pipeline, scheduler)
     family = denoiser_family(checkpoint)
     denoiser = getattr(pipeline, family.denoiser_folder)
     histograms: dict[str, MagnitudeHistogram] = {}
@@ -122,41 +121,6 @@ def measure_ranges(
         recipe=recipe,
         layers={name: histogram.range() for name, histogram in histograms.items()},
     )
-
-
-def require_device(device: str) -> None:
-    """Refuse a GPU where there is none.
-
-    Raises:
-        QlipError: There is none.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise QlipError("there is no CUDA device here", expected="cpu", found=device, fix="--device cpu")
-
-
-def load_pipeline(checkpoint: Checkpoint) -> Any:
-    """Return the diffusers pipeline of a checkpoint in FP32 on the CPU, silent and without safety checker."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    # A text encoder's file may hold its projection too; that it goes unused here is no news.
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        # Newer versions call it `dtype`, which older ones would silently ignore.
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            checkpoint.folder,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    transformers.utils.logging.set_verbosity(verbosity)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _each_step(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:

@@ -32,7 +32,7 @@ from qlip_export.calibrate.quality import (
     scaled,
     train_t2q,
 )
-from qlip_export.calibrate.ranges import hash_of, measure_ranges, require_device
+from qlip_export.calibrate.ranges import hash_of, measure_ranges
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import blocks_of, learn_rounding, quantized_weights
 from qlip_export.capture import denoiser_family
@@ -56,6 +56,7 @@ from qlip_export.quant.rounding import LearnedRounding, RoundingRecipe
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.simulate import Simulator, text_projection
 from qlip_export.spec import Container, Frozen, Granularity, container_of
+from qlip_export.torch_pipeline import require_device
 
 Stage = Literal["ranges", "weights", "t2q", "q2b"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

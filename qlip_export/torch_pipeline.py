@@ -1,0 +1,86 @@
+"""The diffusers pipeline of a checkpoint: loaded in silence, with another scheduler or other weights."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
+from qlip_export.sampler_probe import scheduler_from_config
+
+
+def require_device(device: str) -> None:
+    """Refuse a GPU where there is none.
+
+    Raises:
+        QlipError: There is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise QlipError("there is no CUDA device here", expected="cpu", found=device, fix="--device cpu")
+
+
+def load_pipeline(checkpoint: Checkpoint) -> Any:
+    """Return the diffusers pipeline of a checkpoint in FP32 on the CPU, silent and without safety checker."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    # A text encoder's file may hold its projection too; that it goes unused here is no news.
+    with quiet_loading(), warnings.catch_warnings():
+        # Newer versions call it `dtype`, which older ones would silently ignore.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            checkpoint.folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from telling of parameters that are not read, and of how far it has loaded."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def use_scheduler(pipeline: Any, name: str) -> None:
+    """Give a pipeline the scheduler called ``name``, with the settings of its own."""
+    pipeline.scheduler = scheduler_from_config(name, dict(pipeline.scheduler.config))
+
+
+def replace_weights(module: nn.Module, weights: Mapping[str, NDArray[np.float32]]) -> None:
+    """Replace parameters of a module, by name."""
+    parameters = dict(module.named_parameters())
+    for name, weight in weights.items():
+        parameters[name].data.copy_(torch.from_numpy(weight))
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], batch_size: int) -> Iterator[Tensor]:
+    """Yield the token ids of ``prompts`` in batches, (n, length) int64, padded and cut to the full length."""
+    for start in range(0, len(prompts), batch_size):
+        ids: Tensor = tokenizer(
+            list(prompts[start : start + batch_size]),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        yield ids
