@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ SHAPE_NAMES = {
 
 
 def write() -> None:
-    """Write the page: `benchmarks/notes.md` with every line ``<!-- NAME -->`` replaced by tables."""
-    page = []
-    for line in NOTES.read_text(encoding="utf-8").splitlines():
+    """Write the page of `benchmarks/notes.md`."""
+    fill(NOTES, PAGE, tables)
+
+
+def fill(notes: Path, page: Path, tables_of: Callable[[str], str]) -> None:
+    """Write ``page``: ``notes`` with every line ``<!-- NAME -->`` replaced by ``tables_of(NAME)``."""
+    lines = []
+    for line in notes.read_text(encoding="utf-8").splitlines():
         name = line.removeprefix("<!-- ").removesuffix(" -->")
-        page.append(tables(name) if line == f"<!-- {name} -->" else line)
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
-    print(PAGE)
+        lines.append(tables_of(name) if line == f"<!-- {name} -->" else line)
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(page)
 
 
 def tables(name: str) -> str:
@@ -38,13 +44,13 @@ def tables(name: str) -> str:
     return "\n\n".join(_titled(r, RENDERERS[name](r["result"])) for r in records) or "not measured yet"
 
 
-def _titled(record: dict[str, Any], table: str) -> str:
+def _titled(record: dict[str, Any], rendered: str) -> str:
     shape = SHAPE_NAMES[record["shape"]]
     if record["shape"] == "emoji" and not record["trained"]:
         shape += ", random weights of the same architecture"
     quick = ", a quick run" if record["quick"] else ""
     when = f"{record['machine']['date']}, load before {record['machine']['load_before']:.1f}{quick}"
-    return f"**{shape}** · `{record['command']}` · {when}\n\n{table}"
+    return f"**{shape}** · `{record['command']}` · {when}\n\n{rendered}"
 
 
 def _machine(records: list[dict[str, Any]]) -> str:
@@ -60,7 +66,8 @@ def _machine(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(lines)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table; all columns but the first are numbers."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
@@ -76,7 +83,7 @@ def _verdict(met: bool) -> str:
 
 
 def _chain(result: dict[str, Any]) -> str:
-    return _table(
+    return table(
         [
             "activation bits",
             "chain, a step",
@@ -114,7 +121,7 @@ def _images(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    return _table(["", "a step, batch 2", f"speed against {result['base']}", "in CPU time", image], rows)
+    return table(["", "a step, batch 2", f"speed against {result['base']}", "in CPU time", image], rows)
 
 
 def _startup(result: dict[str, Any]) -> str:
@@ -127,11 +134,11 @@ def _startup(result: dict[str, Any]) -> str:
         ]
         for name, key in (("`generate`, one image", "first_image"), ("`--help`", "help"))
     ]
-    breakdown = _table(
+    breakdown = table(
         ["one image, where the time goes", "seconds"],
         [[name, f"{seconds:.2f}"] for name, seconds in result["breakdown"].items()],
     )
-    return f"{_table(['whole process', 'wall time', 'target', ''], rows)}\n\n{breakdown}"
+    return f"{table(['whole process', 'wall time', 'target', ''], rows)}\n\n{breakdown}"
 
 
 def _build(result: dict[str, Any]) -> str:
@@ -139,7 +146,7 @@ def _build(result: dict[str, Any]) -> str:
     peak, peak_target = result["peak_rss_bytes"] / 1e9, result["peak_rss_target"] / 1e9
     fast, small = _verdict(seconds < seconds_target), _verdict(peak < peak_target)
     sizes = result["bytes"]
-    return _table(
+    return table(
         ["", "found", "target", ""],
         [
             ["wall time", f"{seconds:.0f} s", f"< {seconds_target} s", fast],

@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.bundles import OUT as SPEED
 from benchmarks.quality.measure import file_name
+from benchmarks.tables import fill, table
 from qlip_export.metrics import Draws, Estimate
 from qlip_export.policy.store import PolicyRecipe, QualityRecipe
 from qlip_export.quant.rounding import RoundingRecipe
@@ -40,17 +41,7 @@ OTHERS_6_8_10 = ("random:6-8-10", "timestep:6-8-10", "static:6-8-10")
 
 def write() -> None:
     """Write the page."""
-    page = []
-    for line in NOTES.read_text(encoding="utf-8").splitlines():
-        name = line.removeprefix("<!-- ").removesuffix(" -->")
-        page.append(TABLES[name]() if line == f"<!-- {name} -->" else line)
-    PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
-    print(PAGE)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+    fill(NOTES, PAGE, lambda name: TABLES[name]())
 
 
 def _row(name: str) -> dict[str, Any] | None:
@@ -77,7 +68,7 @@ def _main() -> str:
         fab = row["fab"]["value"] if "fab" in row else 32.0
         cells = [_value(_draws(row, m).estimate(), 4 if m == "clip" else 2) for m in METRICS]
         rows.append([title, f"{fab:.2f}", *cells, str(row["samples"])])
-    return _table(["", "FAB", "FID", "sFID", "CLIP score", "images"], rows)
+    return table(["", "FAB", "FID", "sFID", "CLIP score", "images"], rows)
 
 
 def _ratios(pairs: tuple[tuple[str, str], ...]) -> str:
@@ -93,7 +84,7 @@ def _ratios(pairs: tuple[tuple[str, str], ...]) -> str:
             cells.append(f"{ratio.ratio:.4f} ± {ratio.ratio_high - ratio.ratio:.4f}")
         fab = one["fab"]["value"] if "fab" in one else 32.0
         rows.append([f"{MAIN[name]} / {MAIN[base]}", f"{fab:.2f}", *cells])
-    return _table(["", "FAB", "FID", "sFID", "CLIP score"], rows)
+    return table(["", "FAB", "FID", "sFID", "CLIP score"], rows)
 
 
 def _t2q() -> str:
@@ -111,12 +102,12 @@ def _t2q() -> str:
             ]
         )
     rows.append(["the paper, GIQA", "10,000", "", "0.805", "0.811"])
-    return _table(["label", "labelled prompts", "of them held out", "SROCC", "PLCC"], rows)
+    return table(["label", "labelled prompts", "of them held out", "SROCC", "PLCC"], rows)
 
 
 def _weights() -> str:
     recipe = RoundingRecipe.model_validate_json((CALIBRATION / "weights.json").read_text())
-    return _table(
+    return table(
         ["", "round to nearest", "learned"],
         [
             [
@@ -147,7 +138,7 @@ def _seconds() -> str:
                     f"{row['to_uniform_8']:.3f}",
                 ]
             )
-    return _table(["shape", "", "denoiser, an image of 25 steps", "to uniform 16", "to uniform 8"], rows)
+    return table(["shape", "", "denoiser, an image of 25 steps", "to uniform 16", "to uniform 8"], rows)
 
 
 def _policies() -> dict[str, Any]:
@@ -159,7 +150,7 @@ def _batches() -> str:
     found = _policies()
     sizes = list(next(iter(found.values()))["fab_by_batch"])
     rows = [[name, *(f"{f['fab_by_batch'][s]:.2f}" for s in sizes)] for name, f in found.items()]
-    return _table(["FAB at a batch of", *sizes], rows)
+    return table(["FAB at a batch of", *sizes], rows)
 
 
 def _richness() -> str:
@@ -168,7 +159,7 @@ def _richness() -> str:
         rich = found["richness"]
         rows.append([f"{name}: FAB", *(f"{v:.2f}" for v in rich["fab"]), f"{rich['spearman_fab']:.2f}"])
         rows.append([f"{name}: q", *(f"{v:.3f}" for v in rich["q"]), f"{rich['spearman_q']:.2f}"])
-    return _table(
+    return table(
         ["", "name", "+ keyword", "name, style", "sentence", "sentence + keywords", "rank correlation"], rows
     )
 
@@ -184,7 +175,7 @@ def _shares() -> str:
             layer = next(n for n in row["share_of_layer"] if n.startswith((f"{unit}.", _LONE.get(unit, "?"))))
             share = row["share_of_layer"][layer]
             rows.append([unit, *(f"{100 * share.get(str(b), 0.0):.0f} %" for b in recipe.options)])
-        parts.append(_table([name, *(f"{b} bits" for b in recipe.options)], rows))
+        parts.append(table([name, *(f"{b} bits" for b in recipe.options)], rows))
     return "\n\n".join(parts)
 
 
@@ -207,7 +198,7 @@ def _grids() -> str:
         ratios = [one / finer for one, finer in pairs]
         median, most = f"{np.median(ratios):.2f}", f"{max(ratios):.2f}"
         rows.append([what, str(bits), str(len(ratios)), median, most])
-    return _table(["", "bits", "layers", "error, one grid / finer: median", "most"], rows)
+    return table(["", "bits", "layers", "error, one grid / finer: median", "most"], rows)
 
 
 TABLES = {

@@ -37,11 +37,6 @@ def grid_of(threshold: float, bits: int) -> Grid:
     return _HALF if container is Container.HALF else _EXACT
 
 
-def fake_quantize(x: Tensor, threshold: float, bits: int) -> Tensor:
-    """Round ``x``, any shape, to what the container of ``bits`` holds; ties to even, dtype kept."""
-    return round_rows(x, torch.tensor([grid_of(threshold, bits)], device=x.device))
-
-
 def round_rows(x: Tensor, grids: Tensor) -> Tensor:
     """Round every sample of ``x`` to a grid of its own.
 

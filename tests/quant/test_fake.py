@@ -15,7 +15,6 @@ from qlip_export.quant.fake import (
     ChooseGrid,
     FakeQuantizer,
     _choice_gradients,
-    fake_quantize,
     grid_of,
     round_rows,
 )
@@ -24,6 +23,12 @@ from qlip_export.quant.ranges import activation_scale
 OPTIONS = [(1.5, 8), (0.8, 6), (0.0, 16), (0.0, 32)]
 """Threshold and bits of a sample each; the thresholds clip some values."""
 GRIDS = torch.tensor([grid_of(*option) for option in OPTIONS])
+
+
+def fake_quantize(x: Tensor, threshold: float, bits: int) -> Tensor:
+    """Round all of ``x`` to one grid."""
+    return round_rows(x, torch.tensor([grid_of(threshold, bits)]))
+
 
 LAYOUTS = {
     "vectors": lambda: randn(4, 7),

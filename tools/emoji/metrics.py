@@ -1,24 +1,16 @@
 """The numbers that evaluation reports: Fréchet distance, CLIP score and retrieval, on given features."""
 
-import numpy
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from qlip_export.features import Moments
+from qlip_export.metrics import clip_scores, frechet_distance
+
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Fréchet distance between Gaussians fitted to two (images, width) sets of features.
-
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), https://arxiv.org/abs/1706.08500, equation 6, in FP64.
-    """
-    one, two = (features.double().cpu().numpy() for features in (first, second))
-    shift = one.mean(0) - two.mean(0)
-    covariance_one, covariance_two = numpy.cov(one, rowvar=False), numpy.cov(two, rowvar=False)
-    values, vectors = numpy.linalg.eigh(covariance_one)
-    root = (vectors * numpy.sqrt(values.clip(min=0))) @ vectors.T
-    # The eigenvalues of S1 S2 are those of the symmetric S1^(1/2) S2 S1^(1/2).
-    shared = numpy.sqrt(numpy.linalg.eigvalsh(root @ covariance_two @ root).clip(min=0)).sum()
-    return float(shift @ shift + numpy.trace(covariance_one) + numpy.trace(covariance_two) - 2 * shared)
+    """Return the Fréchet distance between Gaussians fitted to two (images, width) sets of features."""
+    return frechet_distance(first.float().cpu().numpy(), Moments.of(second.float().cpu().numpy()))
 
 
 def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +34,7 @@ def frechet_of_halves(features: Tensor, others: Tensor, draws: int) -> float:
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
     """Return the mean cosine between the embeddings of images and of their captions, row by row."""
-    return float(F.cosine_similarity(images.float(), texts.float(), dim=-1).mean())
+    return float(clip_scores(images.float().cpu().numpy(), texts.float().cpu().numpy()).mean())
 
 
 def retrieval(queries: Tensor, candidates: Tensor, wanted: Tensor, labels: Tensor) -> float:
