@@ -12,6 +12,8 @@ from qlip_export.errors import QlipError
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 WeightBits = Literal[4, 8, 32]
 Granularity = Literal["coarse", "fine", "whole"]
+Unit = Literal["block", "layer"]
+"""What a policy decides over."""
 
 REFERENCE_BITS = 32
 """Every block is also exported at 32 bits, whatever the options: validation compares against that graph."""

@@ -21,8 +21,8 @@ from qlip_export.calibrate.quality import predicted
 from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import quantized_weights
+from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
-from qlip_export.families.unet import UNET
 from qlip_export.files import sha256_of
 from qlip_export.policy.q2b import QualityToBits, timestep_groups
 from qlip_export.policy.store import Policy
@@ -111,10 +111,10 @@ class Subject:
 
     def _unit_of_layer(self, policy: Policy) -> list[int]:
         recipe = policy.recipe
-        names = self.simulator("fp32").layers
-        if recipe.unit == "layer":
-            return [recipe.units.index(name) for name in names]
-        return [recipe.units.index(str(UNET.block_of(name, recipe.granularity))) for name in names]
+        family = denoiser_family(self.checkpoint)
+        units, found = family.units_of(self.simulator("fp32").layers, recipe.unit, recipe.granularity)
+        assert units == recipe.units
+        return list(found)
 
     def _blind(self, kind: str, policy: Policy) -> tuple[QualityToBits, int]:
         """Train a policy to the same FAB that sees no prompt and, if ``static``, no timestep."""

@@ -73,7 +73,6 @@ def read_latencies(path: Path) -> Latencies:
 
 
 def latency_costs(
-    bundle: Path | None,
     path: Path,
     options: Sequence[int],
     layers: Mapping[str, tuple[str, str, int]],
@@ -85,8 +84,7 @@ def latency_costs(
     A layer gets the share of its block's time that it has of the block's multiply-accumulates.
 
     Args:
-        bundle: Measured if given; its blocks must be those of the policy.
-        path: Where the times are kept; read if no bundle is given.
+        path: Where the times are kept; their blocks must be those of the policy.
         options: Bit options.
         layers: By name: block, unit and multiply-accumulates.
         units: Names of the K units.
@@ -95,7 +93,7 @@ def latency_costs(
     Raises:
         QlipError: No times, those of another model, or none for a block or an option.
     """
-    times = read_latencies(path) if bundle is None else measure_latencies(bundle, path)
+    times = read_latencies(path)
     if times.fingerprint != fingerprint:
         raise QlipError(
             f"the times in {path} are those of another model",

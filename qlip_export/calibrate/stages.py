@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlip_export.bundle import Bundle
 from qlip_export.calibrate.bits import LAMBDA_BIT, LEARNING_RATE, TRAINER, Plan, bit_costs, train_q2b
-from qlip_export.calibrate.latency import latency_costs, read_latencies
+from qlip_export.calibrate.latency import latency_costs, measure_latencies, read_latencies
 from qlip_export.calibrate.quality import (
     LEAST_LABELS,
     MIXTURE,
@@ -47,7 +47,6 @@ from qlip_export.policy.store import (
     PolicyRecipe,
     Quality,
     QualityRecipe,
-    Unit,
     policy_name,
 )
 from qlip_export.progress import Progress
@@ -55,7 +54,7 @@ from qlip_export.quant.ranges import RANGE_BITS, Ranges, Recipe
 from qlip_export.quant.rounding import LearnedRounding, RoundingRecipe
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.simulate import Simulator, text_projection
-from qlip_export.spec import Container, Frozen, Granularity, container_of
+from qlip_export.spec import Container, Frozen, Granularity, Unit, container_of
 from qlip_export.torch_pipeline import require_device
 
 Stage = Literal["ranges", "weights", "t2q", "q2b"]
@@ -371,8 +370,9 @@ class Calibration:
         )
         prompts = options.first(self._prompts, SIZES.bit_prompts)
         iterations = options.iterations or SIZES.bit_iterations
-        simulator = self.simulator(quantized=True)
-        units, unit_of_layer = self._units(simulator)
+        Ranges.load(self._folder / "ranges.json")
+        if options.bundle is not None and options.cost == "latency":
+            measure_latencies(options.bundle, self._latencies)
         batch = min(SIZES.bit_batch, 4 * len(prompts))
         rounding = self._folder / "weights.safetensors"
         recipe = {
@@ -380,7 +380,6 @@ class Calibration:
             "options": options.bit_options,
             "unit": options.unit,
             "granularity": options.granularity,
-            "units": units,
             "parts": options.learned_parts,
             "criterion": options.criterion,
             "t2q_sha256": quality.sha256,
@@ -401,7 +400,6 @@ class Calibration:
             "weights": sha256_of(rounding) if rounding.is_file() else "nearest",
             "trainer": TRAINER,
         }
-        costs = self._costs(simulator, units, unit_of_layer)
         if options.cost == "latency":
             recipe["latency_sha256"] = sha256_of(self._latencies)
         if options.target_fab is None:
@@ -409,12 +407,14 @@ class Calibration:
         path = Policy.path(self._folder, name)
         if self._is_there("q2b", path, recipe, lambda: Policy.load(self._folder, name).recipe):
             return path
+        simulator = self.simulator(quantized=True)
+        units, unit_of_layer = self._family.units_of(simulator.layers, options.unit, options.granularity)
         plan = Plan(
             options=options.bit_options,
             parts=frozenset(options.learned_parts),
             units=units,
             unit_of_layer=unit_of_layer,
-            costs=costs,
+            costs=self._costs(simulator, units, unit_of_layer),
             groups=options.groups,
             forced_steps=options.forced_steps,
             lambda_bit=options.lambda_bit,
@@ -439,7 +439,13 @@ class Calibration:
                 f"the target FAB of {options.target_fab:g} was missed: the policy has {learned.fab:.2f}"
             )
         made = PolicyRecipe.model_validate(
-            {**recipe, "lambda_bit": learned.lambda_bit, "fab": learned.fab, "error": learned.error}
+            {
+                **recipe,
+                "units": units,
+                "lambda_bit": learned.lambda_bit,
+                "fab": learned.fab,
+                "error": learned.error,
+            }
         )
         return Policy(learned.q2b, made).save(self._folder, name)
 
@@ -564,19 +570,6 @@ class Calibration:
                 found=str(error).splitlines()[0],
             ) from error
 
-    def _units(self, simulator: Simulator) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Return the names of the units, and the unit of each layer."""
-        if self._options.unit == "layer":
-            return simulator.layers, tuple(range(len(simulator.layers)))
-        blocks = [self._family.block_of(name, self._options.granularity) for name in simulator.layers]
-        if None in blocks:
-            raise QlipError(
-                f"layer {simulator.layers[blocks.index(None)]!r} lies outside of all blocks",
-                fix="name it in qlip_export/families/",
-            )
-        units = tuple(dict.fromkeys(b for b in blocks if b is not None))
-        return units, tuple(units.index(b) for b in blocks if b is not None)
-
     def _costs(
         self, simulator: Simulator, units: tuple[str, ...], unit_of_layer: tuple[int, ...]
     ) -> torch.Tensor:
@@ -584,7 +577,6 @@ class Calibration:
         if options.cost == "bits":
             return bit_costs(options.bit_options, unit_of_layer, len(units))
         return latency_costs(
-            options.bundle,
             self._latencies,
             options.bit_options,
             {

@@ -7,10 +7,11 @@ here and a line in ``FAMILIES``.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlip_export.errors import QlipError
-from qlip_export.spec import Granularity
+from qlip_export.spec import Granularity, Unit
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,25 @@ class Family:
             if name is not None:
                 return name
         return None
+
+    def units_of(
+        self, layers: Sequence[str], unit: Unit, granularity: Granularity
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the names of a policy's units, and which of them each of ``layers`` belongs to.
+
+        Raises:
+            QlipError: A layer lies in no block.
+        """
+        if unit == "layer":
+            return tuple(layers), tuple(range(len(layers)))
+        blocks = [self.block_of(layer, granularity) for layer in layers]
+        if None in blocks:
+            raise QlipError(
+                f"layer {layers[blocks.index(None)]!r} lies outside of all blocks",
+                fix="name it in qlip_export/families/",
+            )
+        units = tuple(dict.fromkeys(b for b in blocks if b is not None))
+        return units, tuple(units.index(b) for b in blocks if b is not None)
 
     def quantizes(self, layer: str) -> bool:
         """Say whether the policy may lower the activation bits of ``layer``."""

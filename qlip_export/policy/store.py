@@ -19,10 +19,9 @@ from qlip_export.files import sha256_of, written_aside
 from qlip_export.policy.q2b import Part, QualityToBits, timestep_groups
 from qlip_export.policy.t2q import TextToQuality
 from qlip_export.policy.table import DecisionTable
-from qlip_export.spec import Frozen, Granularity
+from qlip_export.spec import Frozen, Granularity, Unit
 
 Criterion = Literal["quality", "complexity", "length"]
-Unit = Literal["block", "layer"]
 
 POLICIES = "policies"
 

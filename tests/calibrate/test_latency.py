@@ -36,7 +36,6 @@ def write(path: Path, milliseconds: dict[str, dict[int, float]] | None = None) -
 
 def costs(path: Path, **changes: Any) -> list[list[float]]:
     arguments: dict[str, Any] = {
-        "bundle": None,
         "path": path,
         "options": (8, 16, 32),
         "layers": LAYERS,
