@@ -459,7 +459,8 @@ def calibrate(
 ) -> None:
     """Measure activation ranges, learn 4-bit weights, train the policy; each stage is kept when done."""
     from qlip_export.calibrate import GENERIC_PROMPTS, read_prompts
-    from qlip_export.calibrate.stages import CalibrateOptions, Calibration
+    from qlip_export.calibrate.options import CalibrateOptions
+    from qlip_export.calibrate.stages import Calibration
     from qlip_export.progress import progress_for_terminal
     from qlip_export.zoo import find_model
 

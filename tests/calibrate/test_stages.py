@@ -18,7 +18,8 @@ pytest.importorskip("sklearn")
 
 from qlip_export.calibrate import stages
 from qlip_export.calibrate.bits import TRAINER
-from qlip_export.calibrate.stages import CalibrateOptions, Calibration, Sizes
+from qlip_export.calibrate.options import CalibrateOptions
+from qlip_export.calibrate.stages import Calibration, Sizes
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.files import sha256_of
 from qlip_export.policy.store import Policy, Quality
