@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.cuda_graph import recorded
 from qlip_export.errors import QlipError
 from qlip_export.quant.fake import FakeQuantizer, round_rows
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
@@ -118,6 +119,7 @@ class Simulator:
         self.layers = tuple(name for name in self.all_layers if family.quantizes(name))
         thresholds = {b: ranges.thresholds(b) for b in RANGE_BITS} if ranges is not None else {}
         self.quantizer = FakeQuantizer(self.denoiser, thresholds)
+        self._step: tuple[object, _GuidedStep] | None = None
 
     def set_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace parameters of the denoiser, by name."""
@@ -225,11 +227,13 @@ class Simulator:
         scheduler.set_timesteps(self.steps, device=self.device)
         chosen = None if bits is None else self._chosen_grids(bits)
         x = latents.to(self.device) * scheduler.init_noise_sigma
+        step = self._guided_step(
+            states, guidance, scheduler.timesteps[0], None if chosen is None else chosen[0]
+        )
         for index, timestep in enumerate(scheduler.timesteps):
-            if chosen is not None:
-                self._use(chosen[min(index, len(chosen) - 1)])
             model_input = scheduler.scale_model_input(x, timestep)
-            prediction = self.guided(model_input, timestep[None], states, guidance)
+            grids = None if chosen is None else chosen[min(index, len(chosen) - 1)]
+            prediction = step(model_input, timestep, grids)
             on_step(model_input, timestep, prediction)
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
         self.quantizer.set_functions({})
@@ -282,7 +286,44 @@ class Simulator:
         chosen = grids[torch.arange(len(self.layers), device=self.device), index]
         return torch.cat([chosen, chosen]).permute(1, 2, 0, 3).contiguous()
 
-    def _use(self, grids: Tensor) -> None:
-        self.quantizer.set_functions(
-            {name: partial(round_rows, grids=grid) for name, grid in zip(self.layers, grids, strict=True)}
+    def _guided_step(
+        self, states: Tensor, guidance: float, timestep: Tensor, grids: Tensor | None
+    ) -> _GuidedStep:
+        """Return the step for batches like this one: the last one's, if that was alike."""
+        key = (states.shape, guidance, None if grids is None else grids.shape)
+        if self._step is None or self._step[0] != key or self.device.type != "cuda":
+            self._step = None
+            self._step = (key, _GuidedStep(self, states, guidance, timestep, grids))
+        self._step[1].states.copy_(states)
+        return self._step[1]
+
+
+class _GuidedStep:
+    """Guided predictions for batches of one shape, recorded on a GPU.
+
+    Attributes:
+        states: (2N, length, width), what the next call reads.
+    """
+
+    def __init__(
+        self, simulator: Simulator, states: Tensor, guidance: float, timestep: Tensor, grids: Tensor | None
+    ) -> None:
+        """Let the quantizer of ``simulator`` read the grids of each call from now on."""
+        self.states = states.clone()
+        self._latents = states.new_zeros(len(states) // 2, *simulator.latents_shape)
+        self._timestep = timestep[None].clone()
+        self._grids = None if grids is None else grids.clone()
+        layers = [] if self._grids is None else list(zip(simulator.layers, self._grids, strict=True))
+        simulator.quantizer.set_functions({name: partial(round_rows, grids=grid) for name, grid in layers})
+        self._run = recorded(
+            lambda: simulator.guided(self._latents, self._timestep, self.states, guidance), simulator.device
         )
+
+    def __call__(self, latents: Tensor, timestep: Tensor, grids: Tensor | None) -> Tensor:
+        """Return the prediction for ``latents`` (N, C, H, W), rounding to ``grids`` (layers, 2N, 3)."""
+        self._latents.copy_(latents)
+        self._timestep.copy_(timestep)
+        if self._grids is not None:
+            assert grids is not None
+            self._grids.copy_(grids)
+        return self._run().clone()

@@ -14,9 +14,11 @@ from qlip_export.errors import QlipError
 from qlip_export.noise import seeded_noise
 from qlip_export.quant.ranges import Ranges
 from qlip_export.simulate import Simulator
+from qlip_export.zoo import find_model
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH
 from tests.tiny_calibration import pooled_embeddings
 
+EMOJI_CALIBRATION = Path(__file__).parents[1] / "calibration" / "emoji"
 PROMPTS = ["a red apple", "the blue boat", ""]
 LONG = "the cat of an apple tree on a green boat and the dog of a blue house"
 
@@ -118,3 +120,21 @@ def test_no_gpu_no_cuda(towers: Path) -> None:
 
 def test_projection_is_that_of_the_checkpoint(simulator: Simulator) -> None:
     assert simulator.projection.shape == (TEXT_WIDTH, TEXT_WIDTH)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws() -> None:
+    """In FP16, with steps that are recorded once and replayed for other prompts and other bits."""
+    _, checkpoint = find_model("emoji")
+    ranges = Ranges.load(EMOJI_CALIBRATION / "ranges.json")
+    found: dict[str, list[torch.Tensor]] = {}
+    for device in ("cpu", "cuda"):
+        simulator = Simulator(checkpoint, device=device, ranges=ranges, steps=5)
+        low = torch.full((1, 5, len(simulator.layers)), 8)
+        found[device] = [
+            next(simulator.generate([prompt], noise(simulator, 1), guidance=4.0, bits=bits))
+            for prompt, bits in (("red apple", None), ("blue boat", None), ("red apple", low))
+        ]
+    for mine, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        error = (mine.float() - theirs.float()).square().mean()
+        assert 10 * torch.log10(255**2 / error) > 30

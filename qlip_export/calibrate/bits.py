@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlip_export.calibrate.trajectories import Trajectories
+from qlip_export.cuda_graph import recorded
 from qlip_export.policy.q2b import Part, QualityToBits, timestep_groups
 from qlip_export.quant.fake import ChooseGrid
 from qlip_export.simulate import Simulator
@@ -109,7 +110,7 @@ def train_q2b(
     device = simulator.device
     q2b = QualityToBits(plan.options, len(plan.units), plan.groups, plan.parts).to(device)
     grids = simulator.quantizer.grids(simulator.layers, plan.options).to(device)
-    costs, unit_of_layer = plan.costs.to(device), torch.tensor(plan.unit_of_layer, device=device)
+    costs, layer_units = plan.costs.to(device), torch.tensor(plan.unit_of_layer, device=device)
     bits = torch.tensor(plan.options, dtype=torch.float32, device=device)
     qualities = qualities.to(device)
     prompts, steps = trajectories.inputs.shape[:2]
@@ -122,32 +123,40 @@ def train_q2b(
     smooth: float | None = None
     # One timestep from each of `batch` equal parts of the run: all groups learn in every iteration.
     parts = torch.arange(plan.batch, device=device)
-    for _ in range(plan.iterations):
-        prompt = torch.randint(prompts, (plan.batch,), generator=generator, device=device)
-        offset = torch.rand(plan.batch, generator=generator, device=device)
-        step = ((parts + offset) / plan.batch * steps).long().clamp(max=steps - 1)
+    prompt, step = torch.zeros_like(parts), torch.zeros_like(parts)
+    cost_weight = torch.zeros((), device=device)
+
+    def differentiate() -> Tensor:
+        """Set the gradients for the batch; return its FAB and its error."""
         choice, probability = q2b(qualities[prompt], group_of_step[step], step < plan.forced_steps)
-        _choose(simulator, choice, unit_of_layer, grids)
+        _choose(simulator, choice, plan.unit_of_layer, grids)
         prediction = simulator.guided(
             trajectories.inputs[prompt, step],
             trajectories.timesteps[step],
             trajectories.both_states(prompt),
             trajectories.guidance,
         )
-        wanted = trajectories.predictions[prompt, step].float()
-        error = (prediction - wanted).square().flatten(1)
+        error = (prediction - trajectories.predictions[prompt, step].float()).square().flatten(1)
         cost = (probability * costs).sum((1, 2)).mean()
-        optimizer.zero_grad()
-        (LOSS_SCALE * (error.sum(1).mean() + weight * cost)).backward()
+        optimizer.zero_grad(set_to_none=False)
+        (LOSS_SCALE * (error.sum(1).mean() + cost_weight * cost)).backward()
+        fab = bits[choice.detach().argmax(-1)][:, layer_units].mean()
+        return torch.stack([fab, error.detach().mean()])
+
+    run = recorded(differentiate, device)
+    for _ in range(plan.iterations):
+        prompt.copy_(torch.randint(prompts, (plan.batch,), generator=generator, device=device))
+        offset = torch.rand(plan.batch, generator=generator, device=device)
+        step.copy_(((parts + offset) / plan.batch * steps).long().clamp(max=steps - 1))
+        cost_weight.fill_(weight)
+        fab, error = run().tolist()
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            fab = float(bits[choice.argmax(-1)][:, unit_of_layer].mean())
-            errors.append(float(error.mean()))
+        errors.append(error)
         smooth = fab if smooth is None else 0.9 * smooth + 0.1 * fab
         if plan.target_fab is not None:
             weight *= math.exp(LAMBDA_RATE * max(-4.0, min(4.0, 10 * (smooth / plan.target_fab - 1))))
-        on_iteration(fab, errors[-1])
+        on_iteration(fab, error)
     simulator.quantizer.set_functions({})
     q2b, qualities = q2b.cpu(), qualities.cpu()
     if plan.target_fab is not None:
@@ -180,13 +189,13 @@ def mean_bits(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> 
     return float(bits[chosen].mean((0, 1))[list(plan.unit_of_layer)].double().mean())
 
 
-def _choose(simulator: Simulator, choice: Tensor, unit_of_layer: Tensor, grids: Tensor) -> None:
+def _choose(simulator: Simulator, choice: Tensor, unit_of_layer: Sequence[int], grids: Tensor) -> None:
     """Let every layer round its input to the grid that its unit chose; ``choice`` is (N, K, options)."""
     both = torch.cat([choice, choice])
     simulator.quantizer.set_functions(
         {
             name: partial(_apply, weights=both[:, unit], grids=grid)
-            for name, unit, grid in zip(simulator.layers, unit_of_layer.tolist(), grids, strict=True)
+            for name, unit, grid in zip(simulator.layers, unit_of_layer, grids, strict=True)
         }
     )
 

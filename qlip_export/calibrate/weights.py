@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlip_export.calibrate.trajectories import Trajectories
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.cuda_graph import recorded
 from qlip_export.quant.rounding import floor_codes
 from qlip_export.quant.weights import WeightQuantizer, code_range, round_to_nearest
 from qlip_export.simulate import Simulator
@@ -319,24 +320,10 @@ def _learn(
         (loss + strength * regularizer).backward()
         optimizer.step()
 
-    run = _graphed(step) if cuda else step
+    run = recorded(step, device)
     for iteration in range(iterations):
         progress = iteration / iterations
         if progress >= WARM_UP:
             strength.fill_(REGULARIZATION)
             beta.fill_(BETA[1] + (BETA[0] - BETA[1]) * (1 - (progress - WARM_UP) / (1 - WARM_UP)))
         run()
-
-
-def _graphed(step: Callable[[], None]) -> Callable[[], None]:
-    """Record ``step`` as a CUDA graph: these blocks are small, and launching them would take longer."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return lambda: graph.replay()
