@@ -155,7 +155,7 @@ def test_compiled_for_a_gpu_it_is_the_same(count: int) -> None:
     choice = nn.functional.one_hot(torch.tensor([0, 1, count - 1, 0]), count).float()
     found = []
     for device in ("cpu", "cuda"):
-        values, weights = (t.to(device).requires_grad_() for t in (x, choice))
+        values, weights = (t.detach().clone().to(device).requires_grad_() for t in (x, choice))
         output = ChooseGrid.apply(values, weights, GRIDS[:count].to(device))
         output.backward(x.flip(0).to(device))
         assert values.grad is not None and weights.grad is not None
