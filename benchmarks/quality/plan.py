@@ -45,6 +45,12 @@ POLICIES: dict[str, dict[str, object]] = {
 }
 """What each policy asks of `qlip-export calibrate` beyond its defaults."""
 
+BY_LAYER = "8-16-32-layer"
+VARIANT_ROWS = tuple(
+    f"{kind}:{BY_LAYER}" for kind in ("uniform", *(f"variants-{n}" for n in (1, 2, 3, 5, 9)))
+)
+"""One policy by layer on engines of one option, and on at most N mixed variants of each block."""
+
 UNIFORM_ROWS = ("fp32", "w4a32-nearest", "w4a32", "w4a16", "w4a8", "w4a6", "w4a5")
 UPPER_BOUNDS = (
     r"w4a6+.*time_emb_proj",
@@ -106,6 +112,8 @@ class Worker:
         for name in [*POLICIES][2:]:
             yield self._policy(name, weights)
             yield self._row(f"qlip:{name}", (self._recipe(name),))
+        for row in VARIANT_ROWS:
+            yield self._row(row, (self._recipe(BY_LAYER),))
         for row in UPPER_BOUNDS:
             yield self._row(row, (weights,))
 

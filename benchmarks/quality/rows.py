@@ -4,6 +4,8 @@
 ``qlip:NAME``: the policy NAME of the calibration folder. Baselines at its FAB: ``random:NAME`` draws the bits
 of every prompt, step and layer from the policy's own mix; ``timestep:NAME`` and ``static:NAME`` are trained
 as the policy is, but see no prompt and, in the second case, no timestep.
+``variants-N:NAME`` runs a policy by layer on at most N variants of each block, ``uniform:NAME`` on variants
+of one option for all layers of a block; ``qlip:NAME`` is what the policy asks for, exactly.
 ``w4a6+PATTERN`` keeps the inputs of layers that match the pattern exact, ``w4a6!PATTERN`` their weights.
 """
 
@@ -13,6 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +33,9 @@ from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.simulate import Simulator
+from qlip_export.variants.plan import Planner, layer_bits
 
+VARIANTS = re.compile(r"variants-(\d+)")
 UNIFORM = re.compile(r"w4a(\d+)(?:-nearest)?(?:([+!])(.*))?")
 STEPS = 25
 GUIDANCE = 4.0
@@ -90,6 +95,8 @@ class Subject:
         if kind in ("timestep", "static"):
             q2b, forced = self._blind(kind, policy)
             return self._of(policy, q2b, torch.full((len(prompts),), 0.5), forced)
+        if kind == "uniform" or VARIANTS.fullmatch(kind):
+            return self._merged(kind, policy, prompts)
         bits = self._of(
             policy,
             policy.q2b,
@@ -108,6 +115,26 @@ class Subject:
         options = torch.tensor(policy.recipe.options, dtype=torch.int8)
         chosen = q2b.run(q, timestep_groups(STEPS, len(q2b.lines())), forced)
         return options[chosen][..., self._unit_of_layer(policy)]
+
+    def _merged(self, kind: str, policy: Policy, prompts: Sequence[str]) -> Tensor:
+        """Return the bits of each layer where every block runs at one of a few variants."""
+        recipe, simulator = policy.recipe, self.simulator("fp32")
+        blocks: dict[str, list[str]] = {}
+        family = denoiser_family(self.checkpoint)
+        names, block_of = family.units_of(simulator.layers, "block", recipe.granularity)
+        for layer, block in zip(simulator.layers, block_of, strict=True):
+            blocks.setdefault(names[block], []).append(layer)
+        table = policy.table(STEPS)
+        if found := VARIANTS.fullmatch(kind):
+            known = read_prompts(self.calibration / "prompts.txt")[: recipe.prompts]
+            qualities = predicted(self.calibration, recipe.criterion, simulator, known).tolist()
+            variants = Planner(table, blocks, qualities).plan(int(found[1])).variants
+        else:
+            options = np.array(recipe.options, dtype=np.uint8)[:, None]
+            variants = {name: np.repeat(options, len(layers), axis=1) for name, layers in blocks.items()}
+        q = predicted(self.calibration, recipe.criterion, simulator, prompts).tolist()
+        bits = layer_bits(table, blocks, variants, q)
+        return torch.from_numpy(np.stack([bits[layer] for layer in simulator.layers], axis=-1)).to(torch.int8)
 
     def _unit_of_layer(self, policy: Policy) -> list[int]:
         recipe = policy.recipe
