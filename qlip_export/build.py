@@ -27,6 +27,7 @@ from qlip_export.checkpoint import Checkpoint, read_json
 from qlip_export.compile import compile_target
 from qlip_export.errors import QlipError
 from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
+from qlip_export.families import Family
 from qlip_export.files import content_key, sha256_of
 from qlip_export.policy.select import select_policy
 from qlip_export.progress import Progress
@@ -39,6 +40,9 @@ from qlip_export.zoo import EMBEDDED, ZooModel, find_model
 
 RANGES = "calibration/ranges.json"
 WEIGHTS = "weights.safetensors"
+
+RUNTIME_INPUTS = ("latents", "timestep", "text")
+"""What the run time gives to a denoiser."""
 
 
 class BuildOptions(Frozen):
@@ -107,6 +111,7 @@ def export_bundle(options: BuildOptions, out: Path, progress: Progress) -> Build
 def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: Progress) -> BuildReport:
     started = time.monotonic()
     model, checkpoint = find_model(options.model)
+    _require_runnable(denoiser_family(checkpoint))
     backend = get_backend(backend_name) if backend_name is not None else None
     sampler = _sampler(checkpoint, options)
     shapes = shapes_of(checkpoint, batch_size=options.batch_size)
@@ -160,6 +165,21 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
             manifest = manifest.model_copy(update=update)
         bundle = workspace.finish(manifest)
         return _report(bundle, workspace, time.monotonic() - started)
+
+
+def _require_runnable(family: Family) -> None:
+    """Refuse what the run time cannot feed.
+
+    Raises:
+        QlipError: The denoiser takes more than latents, timestep and text.
+    """
+    if extra := [name for name in family.input_names if name not in RUNTIME_INPUTS]:
+        raise QlipError(
+            f"bundles of the family {family.name} cannot be run yet",
+            expected=f"a denoiser that takes {', '.join(RUNTIME_INPUTS)}",
+            found=f"{', '.join(extra)} as well",
+            fix="use a model of the Stable Diffusion 1.x family",
+        )
 
 
 def _sampler(checkpoint: Checkpoint, options: BuildOptions) -> SamplerTable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
-from qlip_export.families import Family, family_of
+from qlip_export.families import DenoiserInput, Dimension, Family, family_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +29,11 @@ OPSET = 21
 
 @dataclass(frozen=True)
 class Shapes:
-    """Static shapes of a build: images per batch, and latents (channels, height, width)."""
+    """Static shapes of a build: images per batch, latents (channels, height, width), text (length, width).
+
+    `guided` batches hold an unconditional half beside the conditional one. `pooled_width` is that of the
+    pooled text that the denoiser takes; 0 where it takes none.
+    """
 
     batch_size: int
     latent_channels: int
@@ -39,16 +43,23 @@ class Shapes:
     image_width: int
     text_length: int
     text_width: int
+    pooled_width: int = 0
+    guided: bool = True
 
     @property
     def denoiser_batch(self) -> int:
         """Classifier-free guidance runs unconditional and conditional halves as one batch."""
-        return 2 * self.batch_size
+        return 2 * self.batch_size if self.guided else self.batch_size
 
     @property
     def latents(self) -> tuple[int, int, int, int]:
         """Shape of the latents of one batch of images, (N, C, H, W)."""
         return (self.batch_size, self.latent_channels, self.latent_height, self.latent_width)
+
+    def of(self, value: DenoiserInput) -> tuple[int, ...]:
+        """Return the shape of an input of the denoiser."""
+        sizes = {**vars(self), "batch": self.denoiser_batch}
+        return tuple(d if isinstance(d, int) else sizes[d] for d in value.shape)
 
 
 def denoiser_family(checkpoint: Checkpoint) -> Family:
@@ -59,7 +70,7 @@ def denoiser_family(checkpoint: Checkpoint) -> Family:
     """
     for name in ("unet", "transformer"):
         if name in checkpoint:
-            return family_of(checkpoint.class_of(name))
+            return family_of(checkpoint.class_of(name), checkpoint.component(name).config)
     raise QlipError(
         f"{checkpoint.folder} has no denoiser",
         expected="a component named 'unet' or 'transformer' in model_index.json",
@@ -67,62 +78,123 @@ def denoiser_family(checkpoint: Checkpoint) -> Family:
     )
 
 
-def shapes_of(checkpoint: Checkpoint, *, batch_size: int) -> Shapes:
-    """Return the static shapes of the model at its native image size."""
-    denoiser = checkpoint.component("unet").config
+def shapes_of(
+    checkpoint: Checkpoint, *, batch_size: int, height: int | None = None, width: int | None = None
+) -> Shapes:
+    """Return the static shapes of the model, at its native image size unless ``height``, ``width`` are given.
+
+    Raises:
+        QlipError: A config lacks a number, the denoiser takes more channels than the VAE decodes, or the
+            image is no multiple of what one latent, or one patch of latents, covers.
+    """
+    family = denoiser_family(checkpoint)
+    sizes = {name: _dimension(checkpoint, name, value) for name, value in family.dimensions.items()}
+    size = sizes.pop("latent_size")
     vae = checkpoint.component("vae").config
-    text = checkpoint.component("text_encoder").config
-    _require_plain(checkpoint, denoiser, int(vae.get("latent_channels", 4)))
-    size = int(denoiser["sample_size"])
+    if (decoded := int(vae.get("latent_channels", 4))) != sizes["latent_channels"]:
+        raise QlipError(
+            f"{checkpoint.folder} cannot be captured: in_channels of the denoiser",
+            expected=f"{decoded}, the VAE's latent channels (no inpainting)",
+            found=str(sizes["latent_channels"]),
+            fix="use a plain text-to-image model",
+        )
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    height, width = height or size * scale, width or size * scale
+    for option, pixels in (("--height", height), ("--width", width)):
+        if pixels < 1 or pixels % (scale * family.patch):
+            raise QlipError(
+                f"{option} does not fit the model",
+                expected=f"a multiple of {scale * family.patch}",
+                found=str(pixels),
+                fix=f"e.g. {max(1, round(pixels / (scale * family.patch))) * scale * family.patch}",
+            )
     return Shapes(
         batch_size=batch_size,
-        latent_channels=int(denoiser["in_channels"]),
-        latent_height=size,
-        latent_width=size,
-        image_height=size * scale,
-        image_width=size * scale,
-        text_length=int(text["max_position_embeddings"]),
-        text_width=int(denoiser["cross_attention_dim"]),
+        latent_height=height // scale,
+        latent_width=width // scale,
+        image_height=height,
+        image_width=width,
+        guided=family.guided,
+        **sizes,
     )
 
 
-def _require_plain(checkpoint: Checkpoint, denoiser: dict[str, Any], latent_channels: int) -> None:
-    """Refuse UNets that take more than latents, timestep and text states.
-
-    Raises:
-        QlipError: Naming the setting.
-    """
-    wanted: dict[str, tuple[Any, str]] = {
-        "in_channels": (latent_channels, f"{latent_channels}, the VAE's latent channels (no inpainting)"),
-        "addition_embed_type": (None, "none (SDXL's size and pooled-text conditioning is not supported yet)"),
-        "class_embed_type": (None, "none"),
-        "encoder_hid_dim_type": (None, "none"),
-    }
-    for key, (value, expected) in wanted.items():
-        if denoiser.get(key) != value:
-            raise QlipError(
-                f"{checkpoint.folder} cannot be captured: {key} of the denoiser",
-                expected=expected,
-                found=str(denoiser.get(key)),
-                fix="use a plain text-to-image model of the Stable Diffusion 1.x family",
-            )
-    for key in ("sample_size", "cross_attention_dim"):
-        if not isinstance(denoiser.get(key), int):
-            raise QlipError(
-                f"{checkpoint.folder} cannot be captured: {key} of the denoiser",
-                expected="one number",
-                found=str(denoiser.get(key)),
-            )
+def _dimension(checkpoint: Checkpoint, name: str, wanted: Dimension) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    value = wanted.read(checkpoint.component(wanted.component).config)
+    if not isinstance(value, int):
+        raise QlipError(
+            f"{checkpoint.folder} cannot be captured: {wanted.key} of {wanted.component} ({name})",
+            expected="one number",
+            found=str(value),
+        )
+    return value
 
 
 class _Denoiser(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module) -> None:
+    """The denoiser as the graph of every family is called: latents (N, C, H, W) in and out."""
+
+    def __init__(self, module: torch.nn.Module, family: Family, shapes: Shapes) -> None:
         super().__init__()
         self.module = module
+        self.family = family
+        self.grid = (shapes.latent_height // family.patch, shapes.latent_width // family.patch)
+        for argument, numbered in family.position_ids.items():
+            # Text has no place in the image; image tokens have a row and a column.
+            rows, columns = (torch.arange(float(n)) for n in self.grid)
+            image = torch.cartesian_prod(torch.zeros(1), rows, columns)
+            self.register_buffer(
+                argument, image if numbered == "image" else torch.zeros(shapes.text_length, 3)
+            )
+        if family.position_embedding is not None:
+            ids = torch.cat([getattr(self, argument) for argument in family.position_ids])
+            embedded = getattr(module, family.position_embedding)(ids)
+            setattr(module, family.position_embedding, _Constant(embedded))
 
-    def forward(self, latents: Any, timestep: Any, text: Any) -> Any:
-        return self.module(latents, timestep, text, return_dict=False)[0]
+    def forward(self, *inputs: Any) -> Any:
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in self.family.position_ids}
+        for wanted, value in zip(self.family.inputs, inputs, strict=True):
+            if wanted.name == "latents":
+                value = self._packed(value)
+            if wanted.divisor != 1:
+                value = value / wanted.divisor
+            outer, _, inner = wanted.argument.partition(".")
+            if inner:
+                arguments.setdefault(outer, {})[inner] = value
+            else:
+                arguments[outer] = value
+        return self._unpacked(self.module(**arguments, return_dict=False)[0])
+
+    def _packed(self, latents: Any) -> Any:
+        """Return latents (N, C, H, W) as tokens (N, rows * columns, C * patch * patch)."""
+        patch = self.family.patch
+        if patch == 1:
+            return latents
+        n, channels = latents.shape[:2]
+        rows, columns = self.grid
+        patches = latents.reshape(n, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(n, rows * columns, channels * patch * patch)
+
+    def _unpacked(self, tokens: Any) -> Any:
+        patch = self.family.patch
+        if patch == 1:
+            return tokens
+        rows, columns = self.grid
+        patches = tokens.reshape(len(tokens), rows, columns, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        return patches.reshape(len(tokens), -1, rows * patch, columns * patch)
+
+
+class _Constant(torch.nn.Module):
+    """Returns the tensors it was made with, whatever it is called with."""
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        for i, value in enumerate(values):
+            self.register_buffer(f"value{i}", value)
+
+    def forward(self, *_: Any) -> Any:
+        return tuple(self.buffers())
 
 
 class _TextEncoder(torch.nn.Module):
@@ -150,25 +222,19 @@ class _VaeDecoder(torch.nn.Module):
 def capture_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
     """Return the denoiser's graph.
 
-    Inputs: latents (2N, C, H, W), timestep (1,), text (2N, L, D), float32, then the parameters.
-    Output: noise (2N, C, H, W), or whatever the model predicts.
+    Inputs: those of the family, float32, then the parameters. For ``unet``: latents (2N, C, H, W),
+    timestep (1,), text (2N, L, D). Output: noise, or whatever the model predicts, shaped as the latents.
     """
     import diffusers
 
     family = denoiser_family(checkpoint)
     config = checkpoint.component(family.denoiser_folder).config
-    n = shapes.denoiser_batch
 
     def make() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
         module = getattr(diffusers, family.denoiser_class).from_config(config)
-        latents = torch.zeros(n, *shapes.latents[1:])
-        return _Denoiser(module), (
-            latents,
-            torch.zeros(1),
-            torch.zeros(n, shapes.text_length, shapes.text_width),
-        )
+        return _Denoiser(module, family, shapes), tuple(torch.zeros(shapes.of(i)) for i in family.inputs)
 
-    return _export(make, ("latents", "timestep", "text"), ("noise",))
+    return _export(make, family.input_names, ("noise",))
 
 
 def capture_text_encoder(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:

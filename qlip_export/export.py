@@ -45,8 +45,6 @@ from qlip_export.workspace import Workspace
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DENOISER_INPUTS = ("latents", "timestep", "text")
-
 
 @dataclass(frozen=True)
 class WeightMethod:
@@ -120,16 +118,20 @@ class Exporter:
         )
         text = self._capture("text_encoder", self._checkpoint.component("text_encoder"), capture_text_encoder)
         vae = self._capture("vae_decoder", self._checkpoint.component("vae"), capture_vae_decoder)
-        weights = self._weights("denoiser", denoiser, DENOISER_INPUTS, self._options.weight_bits)
+        weights = self._weights("denoiser", denoiser, self.family.input_names, self._options.weight_bits)
         blocks = self._blocks(denoiser, weights, ranges)
         return Exported(
-            inputs=tuple(_tensor_entry(v) for v in denoiser.model.graph.inputs if v.name in DENOISER_INPUTS),
+            inputs=tuple(
+                _tensor_entry(v) for v in denoiser.model.graph.inputs if v.name in self.family.input_names
+            ),
             blocks=blocks,
             text_encoder=self._component("text_encoder", text, ("input_ids",)),
             vae_decoder=self._component("vae_decoder", vae, ("latents",)),
             policy=None,
             parameters=sum(
-                prod(static_shape(v)) for v in denoiser.model.graph.inputs if v.name not in DENOISER_INPUTS
+                prod(static_shape(v))
+                for v in denoiser.model.graph.inputs
+                if v.name not in self.family.input_names
             ),
         )
 
@@ -184,7 +186,7 @@ class Exporter:
     ) -> tuple[BlockEntry, ...]:
         blocks = split(
             captured.model,
-            DENOISER_INPUTS,
+            self.family.input_names,
             lambda scope: self.family.block_of(scope, self._options.granularity),
         )
         bits = sorted({*self._options.bits, REFERENCE_BITS})

@@ -104,7 +104,7 @@ def test_denoiser_of_stable_diffusion_1_4_is_captured_without_weights(tmp_path: 
     ("key", "value"),
     [
         ("in_channels", 9),
-        ("addition_embed_type", "text_time"),
+        ("addition_embed_type", "text_image"),
         ("sample_size", [64, 96]),
         ("class_embed_type", "timestep"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlip_export.families import BlockPattern, Family
+from qlip_export.families import BlockPattern, ConfigValue, DenoiserInput, Family
 
 _TIME = BlockPattern(r"time_proj|time_embedding|add_time_proj|add_embedding", "time")
 _STEM = BlockPattern(r"conv_in", "stem")
@@ -12,6 +12,18 @@ UNET = Family(
     name="unet",
     denoiser_class="UNet2DConditionModel",
     denoiser_folder="unet",
+    config={"addition_embed_type": None, "class_embed_type": None, "encoder_hid_dim_type": None},
+    inputs=(
+        DenoiserInput("latents", "sample", ("batch", "latent_channels", "latent_height", "latent_width")),
+        DenoiserInput("timestep", "timestep", (1,)),
+        DenoiserInput("text", "encoder_hidden_states", ("batch", "text_length", "text_width")),
+    ),
+    dimensions={
+        "latent_channels": ConfigValue("unet", "in_channels"),
+        "latent_size": ConfigValue("unet", "sample_size"),
+        "text_length": ConfigValue("text_encoder", "max_position_embeddings"),
+        "text_width": ConfigValue("unet", "cross_attention_dim"),
+    },
     blocks={
         "coarse": (
             _TIME,

@@ -47,8 +47,7 @@ def split(
         QlipError: The pattern cuts the graph so that a block would need the output of a later one.
     """
     nodes = list(model.graph)
-    assigned = _assign(nodes, block_of)
-    order = list(dict.fromkeys(assigned[n] for n in nodes if assigned[n] is not None))
+    assigned, order = _assign(nodes, block_of)
     rank = {name: i for i, name in enumerate(order)}
     for node in nodes:
         for value in node.inputs:
@@ -67,21 +66,48 @@ def split(
     ]
 
 
-def _assign(nodes: list[ir.Node], block_of: Callable[[str], str | None]) -> dict[ir.Node, str]:
+def _assign(
+    nodes: list[ir.Node], block_of: Callable[[str], str | None]
+) -> tuple[dict[ir.Node, str], list[str]]:
+    """Return the block of every node, and the blocks in the order in which they run."""
     found: dict[ir.Node, str | None] = {}
     for node in nodes:
         scope = node.metadata_props.get(SCOPE)
         found[node] = block_of(scope) if scope else None
-    order = list(dict.fromkeys(b for b in found.values() if b is not None))
-    appearance = {name: i for i, name in enumerate(order)}
-    if not appearance:
+    order = _order(nodes, found)
+    rank = {name: i for i, name in enumerate(order)}
+    if not rank:
         raise QlipError("no node of the graph belongs to a block", fix="correct the family's block patterns")
     for node in reversed(nodes):
         if found[node] is None:
             users = {found[u.node] for o in node.outputs for u in o.uses()}
-            ranks = [appearance[b] for b in users if b is not None]
+            ranks = [rank[b] for b in users if b is not None]
             found[node] = order[min(ranks, default=-1)]  # what nothing consumes is an output: the last block
-    return {node: block for node, block in found.items() if block is not None}
+    return {node: block for node, block in found.items() if block is not None}, order
+
+
+def _order(nodes: list[ir.Node], found: dict[ir.Node, str | None]) -> list[str]:
+    """Return the blocks so that each comes after those it reads from, else as they appear.
+
+    Blocks that read from each other have no such order; they come last, as they appear.
+    """
+    needs: dict[str, set[str]] = {}
+    sources: dict[ir.Node, set[str]] = {}  # blocks that a node reads from, through nodes that belong to none
+    for node in nodes:
+        producers = [p for v in node.inputs if v is not None and (p := v.producer()) is not None]
+        reads: set[str] = set()
+        for producer in producers:
+            block = found[producer]
+            reads |= sources[producer] if block is None else {block}
+        sources[node] = reads
+        own = found[node]
+        if own is not None:
+            needs.setdefault(own, set()).update(reads - {own})
+    order: list[str] = []
+    while ready := next((b for b, needed in needs.items() if needed <= set(order)), None):
+        order.append(ready)
+        del needs[ready]
+    return order + list(needs)
 
 
 def _boundary_names(

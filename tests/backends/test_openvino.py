@@ -20,7 +20,7 @@ from qlip_export.backends import get_backend
 from qlip_export.backends.openvino import OpenVINOBackend, _from_bfloat16, _to_bfloat16
 from qlip_export.bundle import Bundle, EngineEntry
 from qlip_export.errors import QlipError
-from qlip_export.export import DENOISER_INPUTS
+from qlip_export.families.unet import UNET
 from qlip_export.spec import Container
 from tests.graph.conftest import Arrays, relative, run
 from tests.tamper import engine_entry
@@ -84,7 +84,7 @@ def feeds_of(bundle: Path, block: str) -> Arrays:
     """Return inputs that the block sees in a run of the FP32 graphs, on noise."""
     rng = np.random.default_rng(4)
     shapes = {t.name: t.shape for t in Bundle.open(bundle).manifest.inputs}
-    values: Arrays = {name: rng.standard_normal(shapes[name], dtype=np.float32) for name in DENOISER_INPUTS}
+    values: Arrays = {name: rng.standard_normal(shapes[name], dtype=np.float32) for name in UNET.input_names}
     values["timestep"] = np.array([401], dtype=np.float32)
     for entry in Bundle.open(bundle).manifest.blocks:
         if entry.name == block:

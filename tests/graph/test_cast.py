@@ -7,7 +7,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qlip_export.export import DENOISER_INPUTS
 from qlip_export.families.unet import UNET
 from qlip_export.graph.cast import cast_to_half
 from qlip_export.graph.split import split
@@ -73,7 +72,7 @@ def test_casts_to_float_become_casts_to_half_and_others_stay() -> None:
 @pytest.mark.parametrize("name", ["down_blocks.1", "up_blocks.0", "out"])
 def test_blocks_of_the_denoiser(captured: ir.Model, parameters: Arrays, inputs: Arrays, name: str) -> None:
     values = inputs | parameters
-    for block in split(captured, DENOISER_INPUTS, lambda scope: UNET.block_of(scope, "coarse")):
+    for block in split(captured, UNET.input_names, lambda scope: UNET.block_of(scope, "coarse")):
         exact = run(block.model, values)
         if block.name == name:
             break

@@ -9,16 +9,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qlip_export.export import DENOISER_INPUTS
+from qlip_export.families.unet import UNET
 from qlip_export.graph.ingest import SCOPE, ingest, parameters_of
 from tests.graph.conftest import Arrays, graph, relative, run
 
 
 def test_inputs_are_those_of_the_denoiser_then_its_parameters(captured: ir.Model, parameters: Arrays) -> None:
     names = [value.name for value in captured.graph.inputs]
-    assert names[:3] == list(DENOISER_INPUTS)
+    assert names[:3] == list(UNET.input_names)
     assert sorted(names[3:]) == sorted(parameters)
-    assert [v.name for v in parameters_of(captured.graph, set(DENOISER_INPUTS))] == names[3:]
+    assert [v.name for v in parameters_of(captured.graph, set(UNET.input_names))] == names[3:]
     assert [value.name for value in captured.graph.outputs] == ["noise"]
     assert all(tuple(v.shape) == parameters[v.name].shape for v in captured.graph.inputs[3:])
 

@@ -7,7 +7,6 @@ import onnx_ir as ir
 import pytest
 
 from qlip_export.errors import QlipError
-from qlip_export.export import DENOISER_INPUTS
 from qlip_export.families.unet import UNET
 from qlip_export.graph.ingest import SCOPE
 from qlip_export.graph.layers import find_layers
@@ -18,7 +17,7 @@ from tests.tiny import BLOCKS
 
 
 def cut(model: ir.Model, granularity: Granularity) -> list[Block]:
-    return split(model, DENOISER_INPUTS, lambda scope: UNET.block_of(scope, granularity))
+    return split(model, UNET.input_names, lambda scope: UNET.block_of(scope, granularity))
 
 
 def run_chain(blocks: list[Block], feeds: Arrays) -> Arrays:

@@ -14,7 +14,7 @@ import pytest
 
 from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
-from qlip_export.export import DENOISER_INPUTS
+from qlip_export.families.unet import UNET
 from qlip_export.graph.layers import find_layers
 from qlip_export.graph.weights import ALIGNMENT, WeightIndex, WeightWriter, bind_weights, write_weights
 from qlip_export.quant.weights import round_to_nearest
@@ -154,7 +154,7 @@ def test_fp16_checkpoint_stays_fp16(tmp_path: Path, bits: WeightBits) -> None:
 def test_every_parameter_of_every_block_is_bound(bundle: Path) -> None:
     for path in (bundle / "onnx").glob("*.onnx"):
         names = {value.name for value in onnx.load(path, load_external_data=False).graph.input}
-        assert all(n in (*DENOISER_INPUTS, "input_ids") or "_out" in n for n in names), path.name
+        assert all(n in (*UNET.input_names, "input_ids") or "_out" in n for n in names), path.name
 
 
 def test_parameter_beyond_fp16_is_refused_by_name() -> None:
