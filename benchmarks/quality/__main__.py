@@ -3,6 +3,7 @@
 python -m benchmarks.quality run --device cuda     # trains every policy of the plan, measures every row
 python -m benchmarks.quality policies              # what shipped policies ask for; a minute on a CPU
 python -m benchmarks.quality grids                 # what finer grids would gain
+python -m benchmarks.quality prompts --device cuda # what of the error depends on the prompt
 python -m benchmarks.quality tables
 """
 
@@ -25,8 +26,14 @@ def main() -> None:
     run.add_argument("--batch-size", type=int, default=256)
     run.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after that long")
     run.add_argument("--out", type=Path, default=OUT)
-    for name, about in (("policies", "figures S1 and S4"), ("grids", "centred and split grids")):
+    for name, about in (
+        ("policies", "figures S1 and S4"),
+        ("grids", "centred and split grids"),
+        ("prompts", "how much of the error depends on the prompt"),
+    ):
         other = commands.add_parser(name, help=about)
+        if name == "prompts":
+            other.add_argument("--device", default="cpu")
         other.add_argument("--calibration", type=Path, default=Path("calibration/emoji"))
         other.add_argument("--out", type=Path, default=OUT)
     commands.add_parser("tables", help="write docs/results.md")
@@ -44,6 +51,10 @@ def main() -> None:
         from benchmarks.quality.grids import measure_grids
 
         return measure_grids(chosen.calibration, chosen.out)
+    if chosen.command == "prompts":
+        from benchmarks.quality.prompts import measure_prompts
+
+        return measure_prompts(chosen.calibration, chosen.out, chosen.device)
     from benchmarks.quality.plan import Worker
 
     Worker(

@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOTES = Path(__file__).resolve().parent / "notes.md"
 PAGE = ROOT / "docs" / "results.md"
 CALIBRATION = ROOT / "calibration" / "emoji"
-MAIN = {
+TITLES = {
     "fp32": "FP32",
     "w4a32-nearest": "W4A32, weights to nearest",
     "w4a32": "W4A32",
@@ -30,13 +30,32 @@ MAIN = {
     "w4a6": "W4A6",
     "w4a5": "W4A5",
     "qlip:8-16-32": "QLIP {8,16,32}",
+    "random:8-16-32": "random choice, {8,16,32}",
+    "timestep:8-16-32": "timestep only, {8,16,32}",
+    "static:8-16-32": "static, {8,16,32}",
     "qlip:6-8-10": "QLIP {6,8,10}",
     "random:6-8-10": "random choice, {6,8,10}",
     "timestep:6-8-10": "timestep only, {6,8,10}",
     "static:6-8-10": "static, {6,8,10}",
+    "qlip:8-16-32-latency": "QLIP {8,16,32}, latency cost",
+    "qlip:6-8-10-complexity": "QLIP {6,8,10}, by complexity (T2C, C2B)",
+    "qlip:6-8-10-length": "QLIP {6,8,10}, by prompt length",
+    "qlip:8-16": "QLIP {8,16}",
+    "qlip:6-8": "QLIP {6,8}",
+    "qlip:6-8-16": "QLIP {6,8,16}",
+    "qlip:6-8-16-32": "QLIP {6,8,16,32}",
+    "qlip:6-8-10-qh": "QLIP {6,8,10}, parts q and h",
+    "qlip:6-8-10-qm": "QLIP {6,8,10}, parts q and m",
+    "qlip:6-8-10-layer": "QLIP {6,8,10}, units are layers",
+    "qlip:8-16-32-layer": "QLIP {8,16,32}, units are layers",
 }
+MAIN = tuple(TITLES)[:15]
+CRITERIA = ("qlip:6-8-10", "qlip:6-8-10-complexity", "qlip:6-8-10-length")
+OPTIONS = ("qlip:8-16", "qlip:8-16-32", "qlip:6-8", "qlip:6-8-10", "qlip:6-8-16", "qlip:6-8-16-32")
+PARTS = ("qlip:6-8-10", "qlip:6-8-10-qh", "qlip:6-8-10-qm")
+UNITS = ("qlip:6-8-10", "qlip:6-8-10-layer", "qlip:8-16-32", "qlip:8-16-32-layer")
 METRICS = ("fid", "sfid", "clip")
-OTHERS_6_8_10 = ("random:6-8-10", "timestep:6-8-10", "static:6-8-10")
+BASELINES = ("random", "timestep", "static")
 
 
 def write() -> None:
@@ -58,16 +77,16 @@ def _value(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
 
 
-def _main() -> str:
+def _rows(names: tuple[str, ...]) -> str:
     rows = []
-    for name, title in MAIN.items():
+    for name in names:
         row = _row(name)
         if row is None:
-            rows.append([title, "not measured", "", "", "", ""])
+            rows.append([TITLES[name], "not measured", "", "", "", ""])
             continue
         fab = row["fab"]["value"] if "fab" in row else 32.0
         cells = [_value(_draws(row, m).estimate(), 4 if m == "clip" else 2) for m in METRICS]
-        rows.append([title, f"{fab:.2f}", *cells, str(row["samples"])])
+        rows.append([TITLES[name], f"{fab:.2f}", *cells, str(row["samples"])])
     return table(["", "FAB", "FID", "sFID", "CLIP score", "images"], rows)
 
 
@@ -83,7 +102,7 @@ def _ratios(pairs: tuple[tuple[str, str], ...]) -> str:
             assert ratio.ratio is not None and ratio.ratio_high is not None
             cells.append(f"{ratio.ratio:.4f} ± {ratio.ratio_high - ratio.ratio:.4f}")
         fab = one["fab"]["value"] if "fab" in one else 32.0
-        rows.append([f"{MAIN[name]} / {MAIN[base]}", f"{fab:.2f}", *cells])
+        rows.append([f"{TITLES[name]} / {TITLES[base]}", f"{fab:.2f}", *cells])
     return table(["", "FAB", "FID", "sFID", "CLIP score"], rows)
 
 
@@ -201,13 +220,38 @@ def _grids() -> str:
     return table(["", "bits", "layers", "error, one grid / finer: median", "most"], rows)
 
 
+def _prompts() -> str:
+    found = json.loads((RESULTS / "prompts.json").read_text())
+    rows = []
+    for what, parts in (("error at {} bits", found["uniform"]), ("gain from {} bits", found["gain"])):
+        for bits, values in parts.items():
+            shares = [f"{100 * values[f'share_of_{of}']:.0f} %" for of in ("steps", "prompts")]
+            rows.append([what.format(bits), *shares, f"{values['spearman_q']:.2f}"])
+    columns = ["logarithm of the", "variance between steps", "between prompts", "rank correlation with q"]
+    return table(columns, rows)
+
+
+def _against(policy: str) -> str:
+    return _ratios(tuple((f"qlip:{policy}", f"{kind}:{policy}") for kind in BASELINES))
+
+
 TABLES = {
-    "main": _main,
+    "main": lambda: _rows(MAIN),
+    "criteria": lambda: _rows(CRITERIA),
+    "options": lambda: _rows(OPTIONS),
+    "parts": lambda: _rows(PARTS),
+    "units": lambda: _rows(UNITS),
+    "latency": lambda: _rows(("qlip:8-16-32", "qlip:8-16-32-latency")),
+    "prompts": _prompts,
     "against-w4a16": lambda: _ratios((("qlip:8-16-32", "w4a16"), ("qlip:8-16-32", "w4a8"))),
     "against-w4a8": lambda: _ratios(
-        tuple((name, "w4a8") for name in ("qlip:6-8-10", *OTHERS_6_8_10, "w4a6", "fp32"))
+        tuple(
+            (name, "w4a8")
+            for name in ("qlip:6-8-10", *(f"{kind}:6-8-10" for kind in BASELINES), "w4a6", "fp32")
+        )
     ),
-    "against-baselines": lambda: _ratios(tuple(("qlip:6-8-10", name) for name in OTHERS_6_8_10)),
+    "against-baselines-8-16-32": lambda: _against("8-16-32"),
+    "against-baselines-6-8-10": lambda: _against("6-8-10"),
     "t2q": _t2q,
     "weights": _weights,
     "seconds": _seconds,
