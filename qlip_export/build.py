@@ -252,7 +252,8 @@ def _ranges(
         path, _ = workspace.product(RANGES, sha256_of(shipped), copy)
         return Ranges.load(path)
 
-    from qlip_export.calibrate import GENERIC_PROMPTS, measure_ranges
+    from qlip_export.calibrate import measure_ranges
+    from qlip_export.prompts import GENERIC_PROMPTS
 
     steps = min(options.steps, 10)
     prompts = list(GENERIC_PROMPTS)

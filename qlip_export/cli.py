@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qlip_export.backends import BACKENDS
+from qlip_export.commands.report import report
 from qlip_export.errors import QlipError
 
 if TYPE_CHECKING:
@@ -458,10 +459,10 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure activation ranges, learn 4-bit weights, train the policy; each stage is kept when done."""
-    from qlip_export.calibrate import GENERIC_PROMPTS, read_prompts
     from qlip_export.calibrate.options import CalibrateOptions
     from qlip_export.calibrate.stages import Calibration
     from qlip_export.progress import progress_for_terminal
+    from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
     from qlip_export.zoo import find_model
 
     options = _validated(
@@ -534,6 +535,9 @@ def quickstart(
         raise typer.Exit(1)
 
 
+app.command()(report)
+
+
 def main() -> NoReturn:
     """Run the command line; errors that the user can mend are printed without a traceback."""
     try:
@@ -574,6 +578,7 @@ _EXTRAS = {
         "onnxscript",
     ),
     "evaluate": ("torchmetrics", "sklearn", "scipy", "threadpoolctl"),
+    "report": ("plotly", "jinja2"),
 }
 """Packages that a command may lack, by the extra that brings them."""
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from qlip_export import __version__
 from qlip_export.bundle import MANIFEST, Bundle, best_fast_option
-from qlip_export.calibrate import GENERIC_PROMPTS, read_prompts
 from qlip_export.errors import QlipError
 from qlip_export.features import (
     FeatureExtractor,
@@ -45,6 +44,7 @@ from qlip_export.metrics import (
 )
 from qlip_export.noise import seeded_noise
 from qlip_export.progress import Progress
+from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
 from qlip_export.reference import check_same_model
 from qlip_export.renderers import POLICY, EngineRenderer, Renderer, SimulatorRenderer
 from qlip_export.spec import REFERENCE_BITS, Frozen, container_of

@@ -10,23 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from qlip_export.build import BuildOptions, BuildReport, build
 from qlip_export.files import explained_os_errors, written_aside
 from qlip_export.progress import Progress
+from qlip_export.prompts import EMOJI_PROMPTS as PROMPTS
 from qlip_export.runtime import Generation, TextToImage
 from qlip_export.validate import ValidationReport, validate
-
-PROMPTS = (
-    "volcano",
-    "rainbow",
-    "rocket, space, launch",
-    "cat face, noto style",
-    "an emoji of octopus in fluent flat style",
-    "a twemoji style emoji of hamburger on a white background",
-    "a picture of red apple in noto style, centered on white",
-    "an emoji of sailboat in fluent color style",
-    "pizza, cheese, slice, fluent color style",
-    "an emoji of snowman in twemoji style",
-    "cherry blossom, blossom, flower, fluent flat style",
-    "an icon of alarm clock with time and wake, drawn in fluent color style",
-)
 
 STYLED = PROMPTS[3]
 """Validated with: a prompt that leaves the style open may fall into another one by the last bit of a sum."""

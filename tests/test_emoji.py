@@ -10,9 +10,9 @@ from PIL import Image
 
 from qlip_export.build import BuildOptions, build
 from qlip_export.bundle import Bundle
-from qlip_export.calibrate import read_prompts
 from qlip_export.noise import seeded_noise
 from qlip_export.progress import Silent
+from qlip_export.prompts import read_prompts
 from qlip_export.reference import psnr, reference_image, reference_pipeline
 from qlip_export.renderers import POLICY, EngineRenderer, SimulatorRenderer
 from qlip_export.runtime import TextToImage

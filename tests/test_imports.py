@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "progress": set(),
     "noise": set(),
+    "prompts": set(),
     "checkpoint": {"files"},
     "families": {"spec"},
     "bundle": {"spec", "files", "policy.table"},
@@ -56,6 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parity": {"files"},
     "validate": {"*", "-cli"},
     "quickstart": {"*", "-cli"},
+    "report": {"*", "-cli", "-commands"},
+    "commands": {"*", "-cli"},
     "memory": {"spec", "bundle"},
     "display": {"spec", "bundle", "memory", "metrics", "evaluate", "validate"},
     "cli": {"*"},
@@ -107,6 +110,8 @@ LIBRARIES: dict[str, set[str]] = {
     "tensorrt": {"backends.tensorrt"},
     "tensorrt_rtx": {"backends.tensorrt_rtx"},
     "polygraphy": {"lazy:parity"},
+    "plotly": {"report"},
+    "jinja2": {"report"},
 }
 
 # What running a bundle loads, and what it must never load.
@@ -126,7 +131,7 @@ TORCH_FREE = (
     "zoo",
     "cli",
 )
-HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "plotly", "jinja2", "gradio")
 
 
 @dataclass(frozen=True)

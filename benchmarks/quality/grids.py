@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.rows import GUIDANCE, Subject
-from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.files import write_json
+from qlip_export.prompts import read_prompts
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.zoo import find_model
 

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.quality.rows import GUIDANCE, STEPS, Subject
-from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.features import FeatureExtractor, Features, ReferenceStatistics, joined, text_embeddings
 from qlip_export.files import write_json, written_aside
 from qlip_export.metrics import Draws, clip_scores, frechet_draws, mean_draws, resample
 from qlip_export.noise import seeded_noise
+from qlip_export.prompts import read_prompts
 
 SEED = 1_000_000
 """Noise of the first image; far from the seeds that calibration draws with."""

@@ -20,11 +20,11 @@ from benchmarks.quality.measure import Measurement, file_name
 from benchmarks.quality.rows import Subject
 from qlip_export.calibrate.bits import TRAINER
 from qlip_export.calibrate.options import CalibrateOptions
-from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.calibrate.stages import Calibration
 from qlip_export.calibrate.trajectories import Trajectories
 from qlip_export.policy.store import Policy, policy_name
 from qlip_export.progress import Plain
+from qlip_export.prompts import read_prompts
 from qlip_export.simulate import Simulator
 from qlip_export.zoo import find_model
 

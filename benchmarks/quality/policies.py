@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.quality.rows import Subject
 from qlip_export.calibrate.quality import predicted
-from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.files import write_json
 from qlip_export.policy.store import Policy, names
+from qlip_export.prompts import read_prompts
 from qlip_export.zoo import find_model
 
 BATCHES = (1, 2, 4, 8, 16)

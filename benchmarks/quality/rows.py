@@ -21,7 +21,6 @@ from torch import Tensor
 
 from qlip_export.calibrate.bits import Plan, bit_costs, train_q2b
 from qlip_export.calibrate.quality import predicted
-from qlip_export.calibrate.ranges import read_prompts
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import quantized_weights
 from qlip_export.capture import denoiser_family
@@ -29,6 +28,7 @@ from qlip_export.checkpoint import Checkpoint
 from qlip_export.files import sha256_of
 from qlip_export.policy.q2b import QualityToBits, timestep_groups
 from qlip_export.policy.store import Policy
+from qlip_export.prompts import read_prompts
 from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.quant.weights import round_to_nearest

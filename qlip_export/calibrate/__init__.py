@@ -1,5 +1,5 @@
 """Calibration: run the full-precision model on prompts, measure what its layers see, and train the policy."""
 
-from qlip_export.calibrate.ranges import GENERIC_PROMPTS, measure_ranges, read_prompts
+from qlip_export.calibrate.ranges import measure_ranges
 
-__all__ = ["GENERIC_PROMPTS", "measure_ranges", "read_prompts"]
+__all__ = ["measure_ranges"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,42 +11,11 @@ import torch
 
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
-from qlip_export.errors import QlipError
 from qlip_export.quant.ranges import BINS, MagnitudeHistogram, Ranges, Recipe
 from qlip_export.torch_pipeline import load_pipeline, require_device, use_scheduler
 
-GENERIC_PROMPTS = (
-    "a cat",
-    "a red sports car on a mountain road at sunset",
-    "portrait of an old fisherman, detailed, soft light",
-    "a bowl of fruit on a wooden table",
-    "an astronaut riding a horse on the moon, highly detailed",
-    "a city street at night in the rain, neon signs, reflections",
-    "a rainbow",
-    "a small house beside a lake, watercolour",
-)
-"""Used where a model brings no calibration prompts of its own."""
-
 SAMPLES = 32_768
 """Activations of one call that go into a layer's histogram; the maximum is taken over all of them."""
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a UTF-8 text file, one a line, blank lines ignored.
-
-    Raises:
-        QlipError: The file is missing, empty, or not UTF-8.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise QlipError(
-            f"cannot read prompts from {path}", expected="UTF-8 text, a prompt a line", found=str(error)
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise QlipError(f"{path} holds no prompt", expected="a prompt a line", found="an empty file")
-    return prompts
 
 
 def hash_of(prompts: Sequence[str]) -> str:

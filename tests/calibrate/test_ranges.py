@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlip_export.calibrate import measure_ranges, read_prompts
+from qlip_export.calibrate import measure_ranges
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
+from qlip_export.prompts import read_prompts
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.sampler_probe import scheduler_from_config
 from qlip_export.torch_pipeline import load_pipeline

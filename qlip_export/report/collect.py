@@ -1,0 +1,336 @@
+"""Everything that a report shows: images, decisions, engine times, parity, provenance."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from qlip_export import __version__
+from qlip_export.bundle import MANIFEST, Bundle
+from qlip_export.errors import QlipError
+from qlip_export.files import sha256_of
+from qlip_export.noise import seeded_noise
+from qlip_export.progress import Progress
+from qlip_export.prompts import EMOJI_PROMPTS, GENERIC_PROMPTS, read_prompts
+from qlip_export.report.policy import PolicyStatistics, ladder_levels, statistics, word_levels
+from qlip_export.runtime import TextToImage
+from qlip_export.spec import Frozen, variant_name
+from qlip_export.zoo import EMBEDDED, ZooModel, find_model
+
+if TYPE_CHECKING:
+    from qlip_export.validate import ValidationReport
+
+POPULATION = 256
+"""Prompts whose decisions are counted, at most; they are not drawn."""
+
+TIMING_REPEATS = 7
+
+
+class ReportOptions(Frozen):
+    """What a report shows."""
+
+    prompts: Path | None = Field(default=None, description="the model's own, or generic, if absent")
+    images: int = Field(default=8, ge=1, le=24, description="prompts that are drawn")
+    seed: int = Field(default=0, ge=0)
+    guidance: float = Field(default=4.0, allow_inf_nan=False)
+    backend: str = "auto"
+    reference: bool = Field(default=True, description="draw in FP32 with diffusers too")
+    parity: bool = Field(default=True, description="validate the bundle")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A prompt at one configuration.
+
+    Attributes:
+        label: What drew it, e.g. `16 bits`.
+        image: The image.
+        q: Predicted quality; ``None`` where the policy had no say.
+        fab: Feature average bits.
+        seconds: From prompt to image, everything loaded.
+        ours: Whether engines of the bundle drew it.
+    """
+
+    label: str
+    image: Image.Image
+    q: float | None
+    fab: float
+    seconds: float
+    ours: bool
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt at every configuration, from the same noise.
+
+    Attributes:
+        prompt: The prompt.
+        seed: Of its noise.
+        drawings: Highest precision first, the policy last.
+        record: What the run time tells of the policy's image; of the first image where there is no policy.
+    """
+
+    prompt: str
+    seed: int
+    drawings: tuple[Drawing, ...]
+    record: dict[str, Any]
+
+
+class EngineRow(Frozen):
+    """One engine."""
+
+    block: str
+    bits: int
+    container: str
+    bytes: int
+    milliseconds: float = Field(description="median of a call")
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page is made of."""
+
+    bundle: Bundle
+    target: str
+    rows: tuple[PromptRow, ...]
+    policy: PolicyStatistics | None
+    engines: tuple[EngineRow, ...]
+    parity: ValidationReport | None
+    provenance: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Progress) -> ReportData:
+    """Draw, time and validate a bundle.
+
+    Raises:
+        QlipError: No bundle, no engines that run here, prompts that cannot be read.
+    """
+    pipeline = TextToImage.load(path, backend=options.backend)
+    bundle = pipeline.bundle
+    model = _model(bundle)
+    shown, population, source = _prompts(options, model)
+    notes: list[str] = []
+    references = _references(bundle, shown, options, progress, notes)
+    rows = _draw(pipeline, shown, options, references, progress)
+    policy = None
+    if bundle.manifest.policy is None:
+        notes.append("The bundle has no policy: every run is at uniform bits.")
+    else:
+        policy = _decisions(pipeline, population, source, model, progress)
+    engines = _engines(pipeline, progress)
+    parity = None
+    if not options.parity:
+        notes.append("Engines were not compared with their graphs: --no-parity.")
+    elif find_spec("onnxruntime") is None:
+        notes.append(
+            "Engines were not compared with their graphs: ONNX Runtime is not installed "
+            '(pip install "qlip-export[validate]").'
+        )
+    else:
+        from qlip_export.validate import validate
+
+        parity = validate(
+            path, prompt=shown[0], seed=options.seed, model=None, progress=progress, backend=options.backend
+        )
+    return ReportData(
+        bundle=bundle,
+        target=pipeline.target.name,
+        rows=rows,
+        policy=policy,
+        engines=engines,
+        parity=parity,
+        provenance=_provenance(pipeline),
+        notes=tuple(notes),
+    )
+
+
+def _model(bundle: Bundle) -> ZooModel | None:
+    """Return the model that the bundle was built from, where it is known here."""
+    try:
+        return find_model(bundle.manifest.model.source)[0]
+    except QlipError:
+        return None  # an engine box has no checkpoints; only its prompts are missed
+
+
+def _prompts(options: ReportOptions, model: ZooModel | None) -> tuple[list[str], list[str], str]:
+    """Return the prompts to draw, those whose decisions are counted, and where the latter come from."""
+    if options.prompts is not None:
+        own = read_prompts(options.prompts)
+        return own[: options.images], own[:POPULATION], options.prompts.name
+    shown = list(EMOJI_PROMPTS if model is not None and model.name in EMBEDDED else GENERIC_PROMPTS)
+    if model is not None and model.calibration is not None:
+        for name in ("evaluation.txt", "prompts.txt"):
+            if (file := model.calibration / name).is_file():
+                return shown[: options.images], read_prompts(file)[:POPULATION], f"{name} of {model.name}"
+    return shown[: options.images], shown, "the generic prompts"
+
+
+def _noise(bundle: Bundle, seed: int) -> NDArray[np.float32]:
+    return seeded_noise(seed, bundle.manifest.shapes.latents[1:])[None]
+
+
+def _references(
+    bundle: Bundle, prompts: Sequence[str], options: ReportOptions, progress: Progress, notes: list[str]
+) -> list[Drawing]:
+    """Return every prompt as diffusers draws it in FP32 with the checkpoint's weights; none if it cannot."""
+    if not options.reference:
+        notes.append("No FP32 reference was drawn: --no-reference.")
+        return []
+    if any(find_spec(name) is None for name in ("torch", "diffusers")):
+        notes.append(
+            'No FP32 reference was drawn: diffusers is not installed (pip install "qlip-export[export]").'
+        )
+        return []
+    from qlip_export.reference import check_same_model, reference_image
+    from qlip_export.torch_pipeline import load_pipeline, use_scheduler
+
+    try:
+        _, checkpoint = find_model(bundle.manifest.model.source)
+        check_same_model(bundle, checkpoint)
+    except QlipError as error:
+        notes.append(f"No FP32 reference was drawn: {error.problem}.")
+        return []
+    sampler = bundle.manifest.sampler
+    progress.stage("reference", len(prompts) + 1)
+    progress.item("loading diffusers")
+    pipeline = load_pipeline(checkpoint)
+    use_scheduler(pipeline, sampler.scheduler)
+    found = []
+    for i, prompt in enumerate(prompts):
+        progress.item(prompt[:40])
+        noise = _noise(bundle, options.seed + i)
+        started = time.perf_counter()
+        image = reference_image(
+            pipeline, prompt, noise, steps=sampler.requested_steps, guidance=options.guidance
+        )
+        found.append(Drawing("FP32, diffusers", image, None, 32.0, time.perf_counter() - started, False))
+    return found
+
+
+def _draw(
+    pipeline: TextToImage,
+    prompts: Sequence[str],
+    options: ReportOptions,
+    references: Sequence[Drawing],
+    progress: Progress,
+) -> tuple[PromptRow, ...]:
+    """Draw every prompt at every configuration; these take turns, so that a disturbance meets all of them."""
+    manifest = pipeline.bundle.manifest
+    uniform = [bits for bits in reversed(manifest.bits) if bits <= 16] or [min(manifest.bits)]
+    configurations: list[int | None] = [*uniform, *([None] if manifest.policy else [])]
+    progress.stage("draw", len(configurations) * (len(prompts) + 1))
+
+    def run(prompt: str, seed: int, bits: int | None) -> tuple[Image.Image, dict[str, Any]]:
+        progress.item(f"{prompt[:40]} at {bits or 'its own'} bits")
+        made = pipeline(prompt, seed=seed, guidance=options.guidance, bits=bits)
+        return made.images[0], made.records[0]
+
+    for bits in configurations:
+        run(prompts[0], options.seed, bits)  # loads engines, and is not counted
+    rows = []
+    for i, prompt in enumerate(prompts):
+        seed = options.seed + i
+        drawings = [references[i]] if references else []
+        made = [run(prompt, seed, bits) for bits in configurations]
+        for bits, (image, record) in zip(configurations, made, strict=True):
+            label = "QLIP" if bits is None else f"{bits} bits"
+            seconds = record["seconds"]["total"]
+            drawings.append(Drawing(label, image, record["q"], record["fab"], seconds, True))
+        rows.append(PromptRow(prompt, seed, tuple(drawings), made[-1][1]))
+    return tuple(rows)
+
+
+def _decisions(
+    pipeline: TextToImage, prompts: Sequence[str], source: str, model: ZooModel | None, progress: Progress
+) -> PolicyStatistics:
+    file = model.calibration / "richness.txt" if model is not None and model.calibration else None
+    ladder = read_prompts(file) if file is not None and file.is_file() else []
+    progress.stage("decide", len(prompts) + len(ladder))
+
+    def qualities(texts: Sequence[str]) -> list[float]:
+        found: list[float] = []
+        size = pipeline.bundle.manifest.shapes.batch_size
+        for start in range(0, len(texts), size):
+            part = texts[start : start + size]
+            for text in part:
+                progress.item(text[:40])
+            found += pipeline.qualities(part)
+        return found
+
+    manifest = pipeline.bundle.manifest
+    found = qualities(prompts)
+    levels = ladder_levels(manifest, qualities(ladder)) if ladder else word_levels(manifest, prompts, found)
+    return statistics(manifest, found, source, levels, bool(ladder))
+
+
+def _engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, ...]:
+    bundle = pipeline.bundle
+    blocks, options = bundle.manifest.blocks, bundle.manifest.bits
+    progress.stage("time", 1)
+    progress.item(f"{len(blocks) * len(options)} engines, {TIMING_REPEATS} times each")
+    times = pipeline.chain.time_blocks(options, TIMING_REPEATS)
+    rows = []
+    for block in blocks:
+        for bits in options:
+            variant = block.variants[variant_name(bits)]
+            engine = bundle.engine(pipeline.target.entry, variant.onnx)
+            rows.append(
+                EngineRow(
+                    block=block.name,
+                    bits=bits,
+                    container=variant.container.value,
+                    bytes=bundle.manifest.files[engine.path].size,
+                    milliseconds=1000 * times[block.name][bits],
+                )
+            )
+    return tuple(rows)
+
+
+def _provenance(pipeline: TextToImage) -> tuple[tuple[str, str], ...]:
+    manifest = pipeline.bundle.manifest
+    policy, target, sampler = manifest.policy, pipeline.target.entry, manifest.sampler
+    height, width = manifest.shapes.image
+    rows = {
+        "Model": f"{manifest.model.name} ({manifest.model.family}), {manifest.model.parameters:,} parameters",
+        "Model fingerprint (SHA-256)": manifest.model.fingerprint,
+        "Weights": f"{manifest.quantization.weight_bits} bits, {manifest.quantization.weight_method}",
+        "Activation ranges": _hash(pipeline.bundle, manifest.quantization.ranges),
+        "Policy": f"{policy.name}, {policy.criterion}, cost {policy.cost}" if policy else "none",
+        "Policy graph (SHA-256)": _hash(pipeline.bundle, policy.onnx if policy else None),
+        "Sampler": f"{sampler.scheduler}, {len(sampler.steps)} steps",
+        "Image": f"{width} x {height}, batch {manifest.shapes.batch_size}",
+        "Engines": f"{target.backend} {target.version} for {target.device}",
+        "Built with": ", ".join(
+            f"{name} {version}"
+            for name, version in {"qlip-export": manifest.qlip_export_version, **manifest.versions}.items()
+        ),
+        "Manifest (SHA-256)": sha256_of(pipeline.bundle.root / MANIFEST),
+        "This report": f"qlip-export {__version__}, Python {platform.python_version()} on "
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+    }
+    return tuple(rows.items())
+
+
+def _hash(bundle: Bundle, path: str | None) -> str:
+    return "none" if path is None else bundle.manifest.files[path].sha256
+
+
+def median_seconds(rows: Sequence[PromptRow]) -> dict[str, float]:
+    """Return the median seconds of an image, by configuration."""
+    labels = [drawing.label for drawing in rows[0].drawings]
+    return {label: median(row.drawings[i].seconds for row in rows) for i, label in enumerate(labels)}
