@@ -7,7 +7,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZ
 CODE := $(wildcard qlip_export tests tools benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint format bench emoji-data emoji-train build clean
+.PHONY: help install quickstart test test-slow test-gpu lint format bench docs emoji-data emoji-train build clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -e ".[export,openvino,onnxruntime,validate,dev]" -c constraints.txt
+	$(BIN)/python -m pip install -e ".[export,openvino,onnxruntime,validate,report,demo,docs,dev]" -c constraints.txt
 	touch $@
 
 install: $(INSTALLED) ## create .venv with the pinned dependencies
@@ -44,6 +44,9 @@ format: install ## let ruff rewrite what it can
 
 bench: install ## measure engines on this machine
 	$(BIN)/python -m benchmarks
+
+docs: install ## the documentation as a site in build/site; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
 
 emoji-data: install ## render the training images of the emoji model, write its prompt files
 	$(BIN)/python -m tools.emoji.data
