@@ -36,7 +36,7 @@ from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
 from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, WeightBits, container_of
 from qlip_export.workspace import Workspace, check_replaceable
-from qlip_export.zoo import EMBEDDED, ZooModel, find_model
+from qlip_export.zoo import ZooModel, find_model
 
 RANGES = "calibration/ranges.json"
 WEIGHTS = "weights.safetensors"
@@ -54,6 +54,11 @@ class BuildOptions(Frozen):
     granularity: Granularity = "coarse"
     backend: str = "auto"
     batch_size: int = Field(default=1, ge=1, le=64)
+    height: int | None = Field(default=None, description="of images, pixels; none: the model's own")
+    width: int | None = None
+    revision: str | None = Field(default=None, description="of a model from the Hub")
+    random_weights: bool = False
+    seed: int = Field(default=0, ge=0, description="of random weights")
     steps: int = Field(default=25, ge=1, le=1000)
     scheduler: str = "dpmsolver++"
     calibration: Path | None = None
@@ -80,6 +85,7 @@ class BuildReport(Frozen):
     backend: str | None = Field(description="none: exported only")
     device: str | None
     bits: tuple[int, ...]
+    random_weights: int | None = Field(description="seed; none: the model's own weights")
     policy: str | None = Field(description="none: uniform bits only")
     weights: str = Field(description="how the denoiser's weights were rounded")
     blocks: int
@@ -110,14 +116,19 @@ def export_bundle(options: BuildOptions, out: Path, progress: Progress) -> Build
 
 def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: Progress) -> BuildReport:
     started = time.monotonic()
-    model, checkpoint = find_model(options.model)
+    model, checkpoint = find_model(
+        options.model,
+        revision=options.revision,
+        random_weights=options.seed if options.random_weights else None,
+    )
     _require_runnable(denoiser_family(checkpoint))
     backend = get_backend(backend_name) if backend_name is not None else None
     sampler = _sampler(checkpoint, options)
-    shapes = shapes_of(checkpoint, batch_size=options.batch_size)
+    shapes = shapes_of(checkpoint, batch_size=options.batch_size, height=options.height, width=options.width)
     for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
         checkpoint.component(component).require_weights()
-    folder = options.calibration or model.calibration
+    # What is shipped was learned on the model's own weights.
+    folder = options.calibration or (None if options.random_weights else model.calibration)
     denoiser = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
     shipped = _shipped_ranges(folder, denoiser, options)
     weights = _weight_method(folder, denoiser, options)
@@ -255,6 +266,19 @@ def _ranges(
     from qlip_export.calibrate import measure_ranges
     from qlip_export.prompts import GENERIC_PROMPTS
 
+    if checkpoint.random_seed is not None:
+        from qlip_export.random_weights import assumed_ranges
+
+        assumed = assumed_ranges(checkpoint, exporter.family.denoiser_folder).model_dump_json(indent=1)
+
+        def assume(path: Path) -> JsonValue:
+            progress.note("random weights: activation ranges are assumed, not measured")
+            path.write_text(assumed, encoding="utf-8")
+            return None
+
+        path, _ = workspace.product(RANGES, content_key("assumed ranges", assumed), assume)
+        return Ranges.load(path)
+
     steps = min(options.steps, 10)
     prompts = list(GENERIC_PROMPTS)
 
@@ -312,7 +336,9 @@ def _manifest(
             name=model.name,
             family=exporter.family.name,
             fingerprint=checkpoint.component(exporter.family.denoiser_folder).fingerprint,
-            source=options.model if options.model in EMBEDDED else str(Path(options.model).resolve()),
+            source=model.source,
+            revision=model.revision,
+            random_weights=checkpoint.random_seed,
             parameters=exported.parameters,
         ),
         bits=options.bits,
@@ -356,6 +382,7 @@ def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport
         backend=target.backend if target else None,
         device=target.device if target else None,
         bits=manifest.bits,
+        random_weights=manifest.model.random_weights,
         policy=manifest.policy.name if manifest.policy else None,
         weights=manifest.quantization.weight_method,
         blocks=len(manifest.blocks),

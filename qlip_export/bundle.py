@@ -17,7 +17,7 @@ from qlip_export.files import sha256_of
 from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import Container, DType, Frozen, Granularity, SamplerTable, WeightBits
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 
 
@@ -142,7 +142,11 @@ class ModelEntry(Frozen):
     name: str
     family: str
     fingerprint: str
-    source: str = Field(description="zoo name or folder, as given")
+    source: str = Field(description="name of the zoo, id of the Hub, or folder")
+    revision: str | None = Field(None, description="commit of a model from the Hub")
+    random_weights: int | None = Field(
+        None, description="seed of random weights: speed and memory are those of the model, images are noise"
+    )
     parameters: int = Field(description="of the denoiser")
 
 

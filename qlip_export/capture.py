@@ -219,20 +219,26 @@ class _VaeDecoder(torch.nn.Module):
         return self.module.decode(latents / self.scaling_factor, return_dict=False)[0]
 
 
+def make_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> torch.nn.Module:
+    """Return the denoiser as its graph is called; its attribute ``module`` is the diffusers class."""
+    import diffusers
+
+    family = denoiser_family(checkpoint)
+    config = checkpoint.component(family.denoiser_folder).config
+    return _Denoiser(getattr(diffusers, family.denoiser_class).from_config(config), family, shapes)
+
+
 def capture_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
     """Return the denoiser's graph.
 
     Inputs: those of the family, float32, then the parameters. For ``unet``: latents (2N, C, H, W),
     timestep (1,), text (2N, L, D). Output: noise, or whatever the model predicts, shaped as the latents.
     """
-    import diffusers
-
     family = denoiser_family(checkpoint)
-    config = checkpoint.component(family.denoiser_folder).config
 
     def make() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-        module = getattr(diffusers, family.denoiser_class).from_config(config)
-        return _Denoiser(module, family, shapes), tuple(torch.zeros(shapes.of(i)) for i in family.inputs)
+        denoiser = make_denoiser(checkpoint, shapes)
+        return denoiser, tuple(torch.zeros(shapes.of(i)) for i in family.inputs)
 
     return _export(make, family.input_names, ("noise",))
 
@@ -289,7 +295,7 @@ def capture_tokenizer(checkpoint: Checkpoint) -> CapturedTokenizer:
     """Return the model's tokenizer; one that has only vocabulary and merges is converted."""
     import transformers
 
-    folder = checkpoint.folder / "tokenizer"
+    folder = checkpoint.folder_of("tokenizer")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     longest = int(checkpoint.component("text_encoder").config["max_position_embeddings"])
     return CapturedTokenizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,17 +75,18 @@ class Component:
         if not self._shard_of:
             raise QlipError(f"the weights in {self.folder} hold no parameter", fix="get the model again")
 
+    @property
+    def names(self) -> Mapping[str, Any]:
+        """What the parameters are called in the file, as keys."""
+        return self._shard_of
+
     def get(self, name: str) -> NDArray[Any]:
         """Return one parameter as float16 or float32 (bfloat16 is widened), in its stored shape.
 
         Raises:
             QlipError: The checkpoint has no such parameter, or it is not finite.
         """
-        from safetensors import safe_open
-
-        stored = self._stored_name(name)
-        with safe_open(self._shard_of[stored], framework="numpy") as file:
-            array = np.asarray(file.get_tensor(stored))
+        array = self._read(self._stored_name(name))
         if array.dtype not in (np.float16, np.float32):
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
@@ -95,16 +96,22 @@ class Component:
             )
         return array
 
+    def _read(self, stored: str) -> NDArray[Any]:
+        from safetensors import safe_open
+
+        with safe_open(self._shard_of[stored], framework="numpy") as file:
+            return np.asarray(file.get_tensor(stored))
+
     def _stored_name(self, name: str) -> str:
         """Return what the file calls a parameter; old checkpoints keep the names of their day."""
         old = name
         for new_part, old_part in _OLD_ATTENTION_NAMES.items():
             old = old.replace(f".{new_part}.", f".{old_part}.")
         for candidate in (name, old):
-            if candidate in self._shard_of:
+            if candidate in self.names:
                 return candidate
         # transformers drops the prefix of a model's only child ("text_model.") in newer versions.
-        longer = [stored for stored in self._shard_of if stored.endswith(f".{name}")]
+        longer = [stored for stored in self.names if stored.endswith(f".{name}")]
         if len(longer) != 1:
             raise QlipError(
                 f"the weights in {self.folder} have no parameter {name!r}",
@@ -143,12 +150,32 @@ class Checkpoint:
         self.index = read_json(folder / "model_index.json")
         self._components: dict[str, Component] = {}
 
+    @property
+    def random_seed(self) -> int | None:
+        """Seed of the weights, where they are random; else none."""
+        return None
+
+    def folder_of(self, name: str) -> Path:
+        """Return where a component's files lie."""
+        return self.folder / name
+
     def class_of(self, name: str) -> str:
         """Return the class that `model_index.json` names for a component.
 
         Raises:
             QlipError: The component is not listed.
         """
+        return self._entry(name)[1]
+
+    def library_of(self, name: str) -> str:
+        """Return the library of that class, ``diffusers`` or ``transformers``.
+
+        Raises:
+            QlipError: The component is not listed.
+        """
+        return self._entry(name)[0]
+
+    def _entry(self, name: str) -> tuple[str, str]:
         entry = self.index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
             raise QlipError(
@@ -157,13 +184,13 @@ class Checkpoint:
                 found=json.dumps(entry),
                 fix="use a text-to-image model in the diffusers layout",
             )
-        return entry[1]
+        return str(entry[0]), entry[1]
 
     def component(self, name: str) -> Component:
         """Return a component by its folder name."""
         self.class_of(name)
         # One object for each: reading headers and hashing gigabytes is done once.
-        return self._components.setdefault(name, Component(self.folder / name))
+        return self._components.setdefault(name, Component(self.folder_of(name)))
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the listed components."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qlip_export.backends import BACKENDS
+from qlip_export.commands.plan import plan
 from qlip_export.commands.report import report
 from qlip_export.errors import QlipError
 
@@ -59,13 +60,25 @@ def root(
 
 
 ModelOption = Annotated[
-    str, typer.Option(help="Name of the zoo (emoji) or a folder in the diffusers layout.")
+    str,
+    typer.Option(help="Name of the zoo (emoji, bk-sdm-tiny, sd-v1-4, ...), a diffusers folder, or a Hub id."),
 ]
 BitsOption = Annotated[str, typer.Option(help="Activation bit options, increasing.")]
 WeightBitsOption = Annotated[int, typer.Option(help="Weight bits: 4, 8, or 32 for weights as they are.")]
 BlocksOption = Annotated[
     Blocks, typer.Option(help="Where to cut: coarse, fine (ResNets, transformers), whole.")
 ]
+HeightOption = Annotated[
+    int | None, typer.Option(help="Height of images, pixels.", show_default="the model's own")
+]
+WidthOption = Annotated[int | None, typer.Option(help="Width of images.", show_default="the model's own")]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model from the Hub.", show_default="main")
+]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Build from configs alone, to measure speed and memory.")
+]
+WeightSeedOption = Annotated[int, typer.Option(help="Seed of random weights.")]
 BatchSizeOption = Annotated[int, typer.Option(help="Images per batch, static.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.")]
 SchedulerOption = Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")]
@@ -99,11 +112,16 @@ def build(
     blocks: BlocksOption = Blocks.coarse,
     backend: Annotated[str, typer.Option(help="auto, or a name that `compile` takes.")] = "auto",
     batch_size: BatchSizeOption = 1,
+    height: HeightOption = None,
+    width: WidthOption = None,
     steps: StepsOption = 25,
     scheduler: SchedulerOption = "dpmsolver++",
     calibration: CalibrationOption = None,
     policy: PolicyOption = "auto",
     weights: WeightsOption = "auto",
+    revision: RevisionOption = None,
+    random_weights: RandomWeightsOption = False,
+    seed: WeightSeedOption = 0,
     out: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -119,11 +137,16 @@ def export(
     weight_bits: WeightBitsOption = 4,
     blocks: BlocksOption = Blocks.coarse,
     batch_size: BatchSizeOption = 1,
+    height: HeightOption = None,
+    width: WidthOption = None,
     steps: StepsOption = 25,
     scheduler: SchedulerOption = "dpmsolver++",
     calibration: CalibrationOption = None,
     policy: PolicyOption = "auto",
     weights: WeightsOption = "auto",
+    revision: RevisionOption = None,
+    random_weights: RandomWeightsOption = False,
+    seed: WeightSeedOption = 0,
     out: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,6 +173,8 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in report.bytes.items() if size)
     print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits")
     print(f"  policy: {report.policy or 'none, uniform bits only'}; weights: {report.weights}")
+    if report.random_weights is not None:
+        print(f"  random weights of seed {report.random_weights}: for speed and memory, not for images")
     where = (
         f"{report.backend} on {report.device}, {report.engines} engines" if report.backend else "no engines"
     )
@@ -641,6 +666,9 @@ def _save_image(image: Image, file: Path) -> str:
     with written_aside(file) as aside:
         image.save(aside, format={"png": "PNG", "webp": "WEBP"}.get(file.suffix[1:].lower(), "JPEG"))
     return str(file)
+
+
+app.command()(plan)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def print_bundle(bundle: Bundle) -> None:
         f"{manifest.model.name} ({manifest.model.family}), {width}x{height}, "
         f"batch {shapes.batch_size}, {len(sampler.steps)} steps of {sampler.scheduler}"
     )
+    if manifest.model.random_weights is not None:
+        console.print(f"random weights of seed {manifest.model.random_weights}: images are noise")
     console.print(
         f"{len(layers)} layers, {sum(layer.quantized for layer in layers)} with activations at "
         f"{'/'.join(map(str, manifest.bits))} bits; weights {manifest.quantization.weight_bits} bits "

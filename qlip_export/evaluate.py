@@ -48,7 +48,7 @@ from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
 from qlip_export.reference import check_same_model
 from qlip_export.renderers import POLICY, EngineRenderer, Renderer, SimulatorRenderer
 from qlip_export.spec import REFERENCE_BITS, Frozen, container_of
-from qlip_export.zoo import ZooModel, find_model
+from qlip_export.zoo import ZooModel, model_of
 
 Metric = Literal["fid", "sfid", "clip", "fab", "bitops", "latency"]
 Device = Literal["engines", "cpu", "cuda"]
@@ -139,7 +139,7 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
     if device == "cuda" and not torch.cuda.is_available():
         raise QlipError("there is no CUDA device here", fix="--device engines, or --device cpu")
     metrics = _metrics(options.metrics, device)
-    model, checkpoint = find_model(options.model or bundle.manifest.model.source)
+    model, checkpoint = model_of(bundle.manifest.model, options.model)
     check_same_model(bundle, checkpoint)
     prompts, source = _prompts(options, model, metrics)
     names, baseline = _configurations(bundle, options, device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.random_weights import random_pipeline
 from qlip_export.sampler_probe import scheduler_from_config
 
 
@@ -36,13 +37,16 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     with quiet_loading(), warnings.catch_warnings():
         # Newer versions call it `dtype`, which older ones would silently ignore.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            checkpoint.folder,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        if checkpoint.random_seed is not None:
+            pipeline = random_pipeline(checkpoint)
+        else:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                checkpoint.folder,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -26,7 +26,7 @@ from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.tokenizer import PromptTokenizer
 from qlip_export.spec import REFERENCE_BITS, Container, Frozen, container_of, variant_name
-from qlip_export.zoo import find_model
+from qlip_export.zoo import model_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -334,7 +334,7 @@ def _compare_images(
             "images were NOT compared: diffusers is not installed (pip install 'qlip-export[export]')"
         ]
     try:
-        _, checkpoint = find_model(model or bundle.manifest.model.source)
+        _, checkpoint = model_of(bundle.manifest.model, model)
     except QlipError as error:
         if model is not None:
             raise

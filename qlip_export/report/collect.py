@@ -28,7 +28,7 @@ from qlip_export.prompts import EMOJI_PROMPTS, GENERIC_PROMPTS, read_prompts
 from qlip_export.report.policy import PolicyStatistics, ladder_levels, statistics, word_levels
 from qlip_export.runtime import TextToImage
 from qlip_export.spec import Frozen, variant_name
-from qlip_export.zoo import EMBEDDED, ZooModel, find_model
+from qlip_export.zoo import EMBEDDED, ZooModel, model_of
 
 if TYPE_CHECKING:
     from qlip_export.validate import ValidationReport
@@ -161,7 +161,7 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
 def _model(bundle: Bundle) -> ZooModel | None:
     """Return the model that the bundle was built from, where it is known here."""
     try:
-        return find_model(bundle.manifest.model.source)[0]
+        return model_of(bundle.manifest.model)[0]
     except QlipError:
         return None  # an engine box has no checkpoints; only its prompts are missed
 
@@ -199,7 +199,7 @@ def _references(
     from qlip_export.torch_pipeline import load_pipeline, use_scheduler
 
     try:
-        _, checkpoint = find_model(bundle.manifest.model.source)
+        _, checkpoint = model_of(bundle.manifest.model)
         check_same_model(bundle, checkpoint)
     except QlipError as error:
         notes.append(f"No FP32 reference was drawn: {error.problem}.")

@@ -1,10 +1,11 @@
-"""Models by name, and where their calibration lies."""
+"""Models by name: what is part of the package, what lies on the Hugging Face Hub, and any folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlip_export.bundle import ModelEntry
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 
@@ -13,17 +14,21 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model that is known by name.
+    """A model, and where it was found.
 
     Attributes:
-        name: As given on the command line.
+        name: Short name, e.g. of the bundle's folder.
+        source: As it is found again: a name of the zoo, an id of the Hub, or an absolute path.
         folder: Where its diffusers folder lies.
         calibration: Folder with its calibration results, or ``None``.
+        revision: Commit of a model from the Hub, else ``None``.
     """
 
     name: str
+    source: str
     folder: Path
-    calibration: Path | None
+    calibration: Path | None = None
+    revision: str | None = None
 
 
 def _calibration(name: str) -> Path | None:
@@ -37,23 +42,88 @@ def _calibration(name: str) -> Path | None:
 EMBEDDED = {"emoji": _PACKAGE / "zoo" / "emoji"}
 """Models whose weights are part of the package."""
 
+HUB = {
+    "bk-sdm-tiny": "nota-ai/bk-sdm-tiny-2m",
+    "bk-sdm-small": "nota-ai/bk-sdm-small-2m",
+    "bk-sdm-base": "nota-ai/bk-sdm-base-2m",
+    "sd-v1-4": "CompVis/stable-diffusion-v1-4",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+}
+"""Models of the Hub whose configs are part of the package: `plan` and random weights need nothing else."""
 
-def find_model(name: str) -> tuple[ZooModel, Checkpoint]:
-    """Return the model called ``name``: of the zoo, or a folder in the diffusers layout.
+CONFIGS = _PACKAGE / "zoo" / "configs"
+
+
+def find_model(
+    name: str, *, revision: str | None = None, random_weights: int | None = None
+) -> tuple[ZooModel, Checkpoint]:
+    """Return a model: of the zoo, a folder in the diffusers layout, or an id of the Hub.
+
+    Args:
+        name: What to look for, in this order.
+        revision: Branch, tag or commit of a model from the Hub.
+        random_weights: Seed of random weights instead of the model's own; only configs are read.
 
     Raises:
-        QlipError: Neither; the message lists what is known.
+        QlipError: None of these, or a download that failed; the message says what to do.
     """
-    if name in EMBEDDED:
-        model = ZooModel(name, EMBEDDED[name], _calibration(name))
-        return model, Checkpoint(model.folder)
-    folder = Path(name)
-    if not folder.exists() and len(folder.parts) == 1:
+    if revision is not None and (name in EMBEDDED or Path(name).is_dir()):
         raise QlipError(
-            f"unknown model {name!r}",
-            expected=f"{', '.join(EMBEDDED)}, or a folder in the diffusers layout",
-            found=f"no folder {folder.resolve()}",
-            fix="give a name of the zoo or a path",
+            f"{name} has no revisions", expected="--revision with a model of the Hub", found=revision
         )
-    checkpoint = Checkpoint(folder)
-    return ZooModel(folder.resolve().name, folder, None), checkpoint
+    if random_weights is not None:
+        model = _configs_of(name, revision)
+        from qlip_export.random_weights import RandomCheckpoint
+
+        return model, RandomCheckpoint(model.folder, random_weights, EMBEDDED["emoji"] / "tokenizer")
+    model = _located(name, revision)
+    return model, Checkpoint(model.folder)
+
+
+def model_of(entry: ModelEntry, instead: str | None = None) -> tuple[ZooModel, Checkpoint]:
+    """Return the model that a bundle was built from, or the one called ``instead``.
+
+    Raises:
+        QlipError: As `find_model`.
+    """
+    if instead is not None:
+        return find_model(instead)
+    return find_model(entry.source, revision=entry.revision, random_weights=entry.random_weights)
+
+
+def find_configs(name: str, *, revision: str | None = None) -> tuple[ZooModel, Checkpoint]:
+    """As `find_model`, but without weights: nothing is downloaded for a model of the zoo.
+
+    Raises:
+        QlipError: As `find_model`.
+    """
+    model = _configs_of(name, revision)
+    return model, Checkpoint(model.folder)
+
+
+def _configs_of(name: str, revision: str | None) -> ZooModel:
+    if name in HUB and revision is None:
+        return ZooModel(name, name, CONFIGS / name, _calibration(name))
+    return _located(name, revision, weights=False)
+
+
+def _located(name: str, revision: str | None, *, weights: bool = True) -> ZooModel:
+    if name in EMBEDDED:
+        return ZooModel(name, name, EMBEDDED[name], _calibration(name))
+    folder = Path(name)
+    if name not in HUB and (folder.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~"))):
+        if not folder.exists() and len(folder.parts) == 1:
+            raise QlipError(
+                f"unknown model {name!r}",
+                expected=f"{', '.join([*EMBEDDED, *HUB])}, a diffusers folder, or an id of the Hub",
+                found=f"no folder {folder.resolve()}",
+                fix="give a name of the zoo, a path, or ORGANISATION/MODEL",
+            )
+        return ZooModel(folder.resolve().name, str(folder.resolve()), folder)
+    from qlip_export.zoo.hub import download
+
+    found = download(HUB.get(name, name), revision, weights=weights)
+    short = name.rsplit("/", 1)[-1]
+    return ZooModel(short, name, found, _calibration(name) if name in HUB else None, revision=found.name)

@@ -1,0 +1,97 @@
+"""`qlip-export plan`: what a build would be, before anything is downloaded or built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from qlip_export.errors import QlipError
+from qlip_export.spec import Granularity, WeightBits
+
+if TYPE_CHECKING:
+    from qlip_export.plan import Plan
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="Name of the zoo, a diffusers folder (configs suffice), or a Hub id.")
+    ],
+    bits: Annotated[str, typer.Option(help="Activation bit options, increasing.")] = "8,16,32",
+    weight_bits: Annotated[int, typer.Option(help="Weight bits: 4, 8 or 32.")] = 4,
+    blocks: Annotated[str, typer.Option(help="Where to cut: coarse, fine or whole.")] = "coarse",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
+    height: Annotated[
+        int | None, typer.Option(help="Height of images, pixels.", show_default="the model's own")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Width of images.", show_default="the model's own")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model from the Hub.", show_default="main")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON result on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Tell what a build would be: blocks, layers, MACs, engines, bytes, memory, time; reads configs only."""
+    try:
+        options = tuple(int(part) for part in bits.split(","))
+    except ValueError as error:
+        raise QlipError("--bits is no list of numbers", expected="e.g. 8,16,32", found=bits) from error
+    wanted = _one_of(get_args(WeightBits), weight_bits, "--weight-bits")
+    granularity = _one_of(get_args(Granularity), blocks, "--blocks")
+    from qlip_export.plan import plan as run
+    from qlip_export.zoo import find_configs
+
+    found, checkpoint = find_configs(model, revision=revision)
+    result = run(
+        found,
+        checkpoint,
+        bits=options,
+        weight_bits=wanted,
+        granularity=granularity,
+        batch_size=batch_size,
+        height=height,
+        width=width,
+    )
+    print(result.model_dump_json() if as_json else describe(result))
+
+
+def _one_of(known: tuple[Any, ...], value: object, option: str) -> Any:
+    if value not in known:
+        raise QlipError(f"{option} is not known", expected=", ".join(map(str, known)), found=str(value))
+    return value
+
+
+def describe(plan: Plan) -> str:
+    """Return a plan as text for a terminal."""
+    halves = ", twice with guidance" if plan.guided else ""
+    by_bits = ", ".join(f"{_size(n)} at {b} bits" for b, n in plan.denoiser_bytes.items())
+    engines = ", ".join(f"{_size(n)} at {b}" for b, n in plan.engine_bytes.items())
+    packed = ", ".join(f"{_size(n)} at {b}" for b, n in plan.packed_engine_bytes.items())
+    running = ", ".join(f"{_size(n)} at {b}" for b, n in plan.run_memory_bytes.items())
+    width = max(len(b.name) for b in plan.blocks)
+    lines = [
+        f"{plan.model} ({plan.family}), {plan.width}x{plan.height}, batch {plan.batch_size}",
+        f"denoiser: {plan.parameters:,} parameters, {plan.layers} layers, {plan.quantized_layers} of them "
+        f"with activations at {'/'.join(map(str, plan.bits))} bits",
+        f"a step: {plan.macs_per_step / 1e9:,.1f} GMACs in Conv2d and Linear an image{halves}",
+        f"{len(plan.blocks)} blocks, {plan.engines} engines",
+        *(
+            f"  {b.name:{width}} {b.layers:4} layers {b.parameters / 1e6:9,.1f} M {b.macs / 1e9:9,.1f} GMACs"
+            for b in plan.blocks
+        ),
+        f"denoiser's parameters: {by_bits}",
+        f"weight file at {plan.weight_bits} bits: {_size(plan.weight_file_bytes)}, shared by all bit options",
+        f"engines by activation bits: {engines}",
+        f"  where the backend keeps packed weights: {packed}",
+        f"about {_size(plan.build_memory_bytes)} of memory to export, {plan.export_seconds:,} s of a core; "
+        "compiling comes on top",
+        f"about {running} of memory to run",
+    ]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"

@@ -1,0 +1,238 @@
+"""What a build would be, from the configs alone: nothing is downloaded, no weight is made.
+
+Counts are exact: the denoiser runs once on the meta device, where a tensor is a shape. The size of the weight
+file is exact too, but for alignment. Memory and seconds are estimates: see the constants below.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from qlip_export.capture import Shapes, denoiser_family, make_denoiser, shapes_of
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.families import Family
+from qlip_export.memory import weight_bytes
+from qlip_export.random_weights import module_of
+from qlip_export.spec import REFERENCE_BITS, Container, Frozen, Granularity, WeightBits, container_of
+from qlip_export.zoo import ZooModel
+
+BYTES_OF = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
+"""Of one activation."""
+
+EXPORT_BASE = 1.2e9
+"""Bytes of a process that has loaded torch, diffusers and the ONNX libraries."""
+EXPORT_LAYER = 9e5
+"""Bytes of the exporter's graph for each Conv2d or Linear: its nodes and those around it."""
+QUANTIZER_COPIES = 14
+"""Bytes for each weight of the largest layer while it is put on its grid: FP32, its reading, its codes."""
+
+CAPTURE_SECONDS = 0.25
+"""Of a core, for each Conv2d or Linear and part that is captured."""
+WEIGHTS_PER_SECOND = 8e6
+"""Read, put on a grid and written by a core."""
+VARIANT_SECONDS = 0.02
+"""To write a block at a bit option, for each layer."""
+
+
+_NOT_BUILT = ("encoder.down_blocks", "encoder.mid_block", "encoder.conv", "quant_conv")
+"""Parts of a VAE that only read images."""
+
+
+class BlockPlan(Frozen):
+    """A block of the denoiser."""
+
+    name: str
+    layers: int = Field(description="Conv2d and Linear")
+    parameters: int
+    macs: int = Field(
+        description="multiply-accumulates of Conv2d and Linear, one image, one step, no guidance"
+    )
+
+
+class Plan(Frozen):
+    """What `qlip-export plan` tells."""
+
+    model: str
+    family: str
+    height: int = Field(description="of images, pixels")
+    width: int
+    batch_size: int
+    guided: bool = Field(description="each step runs an unconditional half as well: twice the MACs")
+    bits: tuple[int, ...]
+    weight_bits: WeightBits
+    granularity: Granularity
+    parameters: int = Field(description="of the denoiser")
+    layers: int = Field(description="Conv2d and Linear of the denoiser")
+    quantized_layers: int = Field(description="K: those whose activations follow the bit options")
+    macs_per_step: int = Field(description="of Conv2d and Linear, one image, no guidance")
+    blocks: tuple[BlockPlan, ...]
+    engines: int = Field(description="of the denoiser at all bit options, of text encoders and VAE decoder")
+    component_parameters: dict[str, int] = Field(description="of text encoders and VAE decoder")
+    denoiser_bytes: dict[int, int] = Field(description="by weight bits: all parameters at that many bits")
+    weight_file_bytes: int = Field(
+        description="of the denoiser at these weight bits, shared by all bit options"
+    )
+    engine_bytes: dict[int, int] = Field(description="by activation bits: weights in the type computed in")
+    packed_engine_bytes: dict[int, int] = Field(description="the same where the backend keeps packed weights")
+    build_memory_bytes: int = Field(description="estimate of the peak of an export, without a compiler")
+    run_memory_bytes: dict[int, int] = Field(
+        description="estimate by bits: engines, their parts, activations"
+    )
+    export_seconds: int = Field(description="estimate for one core of a server")
+
+
+def plan(
+    model: ZooModel,
+    checkpoint: Checkpoint,
+    *,
+    bits: tuple[int, ...] = (8, 16, 32),
+    weight_bits: WeightBits = 4,
+    granularity: Granularity = "coarse",
+    batch_size: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+) -> Plan:
+    """Return the plan of a build.
+
+    Raises:
+        QlipError: The architecture is unknown, a config lacks something, the size or the bits do not fit.
+    """
+    for option in bits:
+        container_of(option)
+    family = denoiser_family(checkpoint)
+    shapes = shapes_of(checkpoint, batch_size=batch_size, height=height, width=width)
+    seen = _run_on_meta(checkpoint, family, shapes, granularity)
+    components = {
+        name: _parameters_of(checkpoint, name)
+        for name in checkpoint
+        if name.startswith("text_encoder") or name == "vae"
+    }
+    fp32_blocks = sum(b.name in family.float32_blocks for b in seen.blocks)
+    parameters = sum(b.parameters for b in seen.blocks)
+    engine_bytes = {b: _engine_bytes(seen, family, b, 32) for b in bits}
+    weights = sum(components.values()) * BYTES_OF[Container.FLOAT]
+    largest = max(seen.weights.values(), default=0)
+    return Plan(
+        model=model.name,
+        family=family.name,
+        height=shapes.image_height,
+        width=shapes.image_width,
+        batch_size=batch_size,
+        guided=family.guided,
+        bits=bits,
+        weight_bits=weight_bits,
+        granularity=granularity,
+        parameters=parameters,
+        layers=len(seen.weights),
+        quantized_layers=sum(map(family.quantizes, seen.weights)),
+        macs_per_step=sum(b.macs for b in seen.blocks),
+        blocks=seen.blocks,
+        engines=(len(seen.blocks) - fp32_blocks) * len(bits) + fp32_blocks + len(components),
+        component_parameters=components,
+        denoiser_bytes={b: weight_bytes(parameters, b) for b in (4, 8, 16, 32)},
+        weight_file_bytes=_weight_file_bytes(seen, parameters, weight_bits),
+        engine_bytes=engine_bytes,
+        packed_engine_bytes={b: _engine_bytes(seen, family, b, weight_bits) for b in bits},
+        build_memory_bytes=int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + QUANTIZER_COPIES * largest),
+        run_memory_bytes={
+            b: size + weights + seen.activations * BYTES_OF[container_of(b)]
+            for b, size in engine_bytes.items()
+        },
+        export_seconds=int(
+            CAPTURE_SECONDS * len(seen.weights)
+            + (parameters + sum(components.values())) / WEIGHTS_PER_SECOND
+            + VARIANT_SECONDS * len(seen.weights) * len({*bits, REFERENCE_BITS})
+        ),
+    )
+
+
+class _Seen(Frozen):
+    """What one call of the denoiser showed."""
+
+    blocks: tuple[BlockPlan, ...]
+    weights: dict[str, int]
+    """Weights of each Conv2d and Linear, by layer."""
+    channels: int
+    """Output channels of all of them: as many scales."""
+    activations: int
+    """Numbers in the inputs and outputs of the layer with most of them."""
+
+
+def _run_on_meta(checkpoint: Checkpoint, family: Family, shapes: Shapes, granularity: Granularity) -> _Seen:
+    with torch.device("meta"):
+        denoiser = make_denoiser(checkpoint, shapes)
+    macs: dict[str, int] = {}
+    order: dict[str, None] = {}
+    activations = 0
+    weights: dict[str, int] = {}
+    channels = 0
+
+    def watch(name: str) -> Any:
+        def seen(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            nonlocal activations, channels
+            block = family.block_of(name, granularity)
+            if block is not None:
+                order.setdefault(block)
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and block is not None:
+                macs[block] = macs.get(block, 0) + output.numel() * prod(module.weight.shape[1:])
+                activations = max(activations, output.numel() + sum(x.numel() for x in inputs))
+                weights[name] = module.weight.numel()
+                channels += module.weight.shape[0]
+
+        return seen
+
+    module = denoiser.module
+    for name, part in module.named_modules():
+        if not list(part.children()):
+            part.register_forward_hook(watch(name))
+    with torch.no_grad(), torch.device("meta"):
+        denoiser(*(torch.empty(shapes.of(i)) for i in family.inputs))
+    held: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        block = family.block_of(name.rpartition(".")[0], granularity)
+        if block is not None:
+            held[block] = held.get(block, 0) + parameter.numel()
+    for name in weights:
+        block = str(family.block_of(name, granularity))
+        layers[block] = layers.get(block, 0) + 1
+    images = shapes.denoiser_batch
+    blocks = tuple(
+        BlockPlan(name=b, layers=layers.get(b, 0), parameters=held.get(b, 0), macs=macs.get(b, 0) // images)
+        for b in order
+    )
+    return _Seen(blocks=blocks, weights=weights, channels=channels, activations=activations)
+
+
+def _parameters_of(checkpoint: Checkpoint, name: str) -> int:
+    module = module_of(
+        checkpoint.library_of(name), checkpoint.class_of(name), checkpoint.component(name).config, meta=True
+    )
+    return sum(p.numel() for n, p in module.named_parameters() if not n.startswith(_NOT_BUILT))
+
+
+def _weight_file_bytes(seen: _Seen, parameters: int, bits: WeightBits) -> int:
+    """Return the bytes of codes, scales in FP32 and FP16, and of the rest in FP16 as checkpoints have it."""
+    quantized = sum(seen.weights.values())
+    if bits == 32:
+        return 2 * parameters
+    return weight_bytes(quantized, bits) + 6 * seen.channels + 2 * (parameters - quantized)
+
+
+def _engine_bytes(seen: _Seen, family: Family, bits: int, weight_bits: WeightBits) -> int:
+    """Return the bytes of the denoiser's weights as engines of one bit option hold them.
+
+    Weights of fewer bits stay packed, but kernels that multiply INT8 want them in INT8.
+    """
+    container = container_of(bits)
+    always = sum(b.parameters for b in seen.blocks if b.name in family.float32_blocks)
+    inside = sum(b.parameters for b in seen.blocks) - always
+    wide = 8 * BYTES_OF[container]
+    stored = (
+        wide if weight_bits == 32 else max(weight_bits, 8) if container is Container.INT8 else weight_bits
+    )
+    return weight_bytes(inside, stored) + BYTES_OF[Container.FLOAT] * always
