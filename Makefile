@@ -17,6 +17,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -e ".[export,openvino,onnxruntime,validate,report,demo,docs,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --no-deps tensorrt-stubs -c constraints.txt
+	$(BIN)/python tools/tensorrt_stubs.py
 	touch $@
 
 install: $(INSTALLED) ## create .venv with the pinned dependencies

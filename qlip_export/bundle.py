@@ -49,6 +49,20 @@ class TensorEntry(Frozen):
     dtype: DType
 
 
+class EngineFacts(Frozen):
+    """What a compiler tells of its engine."""
+
+    source: Literal["engine", "parsed network"] = Field(
+        description="inspected after fusion, or what was read of the graph before it"
+    )
+    layers: int = Field(description="of the engine or network")
+    precisions: dict[str, int] = Field(description="number of layers by the type they compute in")
+    wrong: dict[str, str] = Field(
+        description="Conv2d and Linear layers that compute in another precision than the graph asks for"
+    )
+    int4_weights_widened: int = Field(default=0, description="weights that are INT4 in the graph, INT8 here")
+
+
 class EngineEntry(Frozen):
     """A compiled engine."""
 
@@ -56,7 +70,7 @@ class EngineEntry(Frozen):
     container: Container
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
-    facts: JsonValue = Field(default=None, description="what its compiler tells, e.g. precisions of layers")
+    facts: EngineFacts | None = Field(default=None, description="none: the compiler does not tell")
 
 
 class TargetEntry(Frozen):

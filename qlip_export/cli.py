@@ -190,14 +190,48 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
 def compile_(
     bundle: BundleArgument,
     backend: Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")] = "auto",
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(help="TensorRT: 0 (fast build) to 5 (fast engine).", show_default="the library's"),
+    ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(help="TensorRT: MiB of GPU memory that an engine may use.", show_default="no limit"),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="TensorRT: file that keeps what was timed, for the next build.")
+    ] = None,
+    hardware_compat: Annotated[
+        str | None,
+        typer.Option(help="TensorRT: same-compute-capability or ampere-plus.", show_default="this GPU only"),
+    ] = None,
+    version_compat: Annotated[
+        bool, typer.Option("--version-compat", help="TensorRT: engines for later versions, too.")
+    ] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="TensorRT: let FP32 layers compute in TF32.")] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="TensorRT-RTX: GPUs, e.g. sm86,sm89.", show_default="8.0, 8.6, 8.9 and 12.x"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add engines of a backend to a bundle, or bring them up to date; needs neither torch nor the model."""
+    from qlip_export.backends.options import CompileOptions
     from qlip_export.compile import compile_bundle
     from qlip_export.progress import progress_for_terminal
 
+    options = _validated(
+        CompileOptions,
+        optimization_level=optimization_level,
+        workspace=workspace,
+        timing_cache=timing_cache,
+        hardware_compat=hardware_compat,
+        version_compat=version_compat,
+        tf32=tf32,
+        target=tuple(target.split(",")) if target is not None else (),
+    )
     with progress_for_terminal() as progress:
-        report = compile_bundle(bundle, backend, progress)
+        report = compile_bundle(bundle, backend, progress, options)
     if as_json:
         print(report.model_dump_json())
         return

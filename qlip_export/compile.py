@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pydantic import Field, JsonValue
 
 from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend, Compiled
+from qlip_export.backends.options import CompileOptions
 from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
@@ -49,16 +49,19 @@ class Preflight(Frozen):
     free: int = Field(description="bytes of disk")
 
 
-def compile_bundle(path: Path, backend: str, progress: Progress) -> CompileReport:
+def compile_bundle(
+    path: Path, backend: str, progress: Progress, options: CompileOptions | None = None
+) -> CompileReport:
     """Add engines of ``backend`` to the bundle ``path``, or bring them up to date; other targets stay.
 
     Raises:
-        QlipError: No bundle, an altered ONNX file, no such backend, or one that refuses a graph.
+        QlipError: No bundle, an altered ONNX file, no such backend, or one that refuses an option or a graph.
     """
     started = time.monotonic()
     if find_spec("onnx_ir") is None:
         raise QlipError("compiling reads ONNX files", fix='pip install "qlip-export[compile]"')
     compiler = get_backend(backend)
+    compiler.prepare(options or CompileOptions(), progress)
     wait = f"another build is writing {path}; waiting for it"
     with Workspace.open_target(path, compiler.name, lambda: progress.note(wait)) as workspace:
         bundle = Bundle.open(workspace.out)
@@ -109,7 +112,7 @@ def compile_target(
     """
     can = backend.capabilities
     jobs = {onnx: f"engines/{backend.name}/{Path(onnx).stem}{can.suffix}" for onnx in manifest.containers}
-    code = sha256_of(Path(inspect.getfile(type(backend))))
+    code = [sha256_of(path) for path in backend.sources]
     compiler = content_key("engine", backend.name, can.version, can.device, can.half, can.options, code)
     # The key of an ONNX file covers its weights as well, which its own bytes do not.
     keys = {onnx: content_key(compiler, manifest.files[onnx].key) for onnx in jobs}
@@ -121,7 +124,14 @@ def compile_target(
         progress.item(Path(onnx).stem)
 
         def make(engine: Path, onnx: str = onnx, container: Container = container) -> JsonValue:
-            made: JsonValue = backend.compile(source(onnx), engine, container).model_dump(mode="json")
+            try:
+                made: JsonValue = backend.compile(source(onnx), engine, container).model_dump(mode="json")
+            except MemoryError as error:
+                raise QlipError(
+                    f"memory ran out while {backend.name} compiled {Path(onnx).name}",
+                    found=str(error) or None,
+                    fix="free memory and run the same command again; what is finished is kept",
+                ) from error
             return made
 
         _, made = workspace.product(jobs[onnx], keys[onnx], make)

@@ -30,6 +30,10 @@ class Progress(ABC):
     def item(self, detail: str) -> None:
         """Begin the next item of the stage."""
 
+    def detail(self, text: str) -> None:
+        """Say more of the item at work."""
+        return None
+
     @abstractmethod
     def note(self, text: str) -> None:
         """Say something that should stay readable."""
@@ -63,9 +67,13 @@ class Plain(Progress):
     def item(self, detail: str) -> None:
         """See `Progress.item`."""
         self._done += 1
+        self.detail(detail)
+
+    def detail(self, text: str) -> None:
+        """See `Progress.detail`."""
         if time.monotonic() - self._printed > 10:
             self._printed = time.monotonic()
-            print(f"{self._name}: {self._done}/{self._total} {detail}", file=sys.stderr, flush=True)
+            print(f"{self._name}: {self._done}/{self._total} {text}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
@@ -124,6 +132,10 @@ class Live(Progress):
         """See `Progress.item`."""
         self._bars.update(self._task, advance=1 if self._started else 0, detail=detail)
         self._started = True
+
+    def detail(self, text: str) -> None:
+        """See `Progress.detail`."""
+        self._bars.update(self._task, detail=text)
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""

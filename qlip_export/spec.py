@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,15 @@ class Container(str, Enum):
     INT8 = "int8"
     HALF = "half"
     FLOAT = "float32"
+
+
+class Asked(NamedTuple):
+    """What a typed graph asks of one of its layers."""
+
+    layer: str
+    """Module path in the model."""
+    precision: str
+    """``int8`` where the layer's input comes from a Q/DQ pair, else the dtype of that input."""
 
 
 def container_of(bits: int) -> Container:

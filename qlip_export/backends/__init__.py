@@ -23,9 +23,16 @@ class Source(NamedTuple):
 BACKENDS: dict[str, Source] = {
     "openvino": Source("qlip_export.backends.openvino", "OpenVINOBackend", "openvino"),
     "onnxruntime": Source("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
+    "tensorrt": Source("qlip_export.backends.tensorrt", "TensorRtBackend", "tensorrt"),
     "tensorrt-rtx": Source("qlip_export.backends.tensorrt_rtx", "TensorRtRtxBackend", "tensorrt_rtx"),
 }
 """Backends by name, in the order in which they are preferred where nobody chooses."""
+
+
+def is_installed(library: str) -> bool:
+    """Return whether a library can be imported; a folder of type stubs alone is no library."""
+    spec = importlib.util.find_spec(library)
+    return spec is not None and spec.origin is not None
 
 
 def get_backend(name: str, *, threads: int | None = None) -> Backend:
@@ -40,7 +47,7 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
     """
     if name == "auto":
         for candidate, source in BACKENDS.items():
-            if importlib.util.find_spec(source.library) is not None:
+            if is_installed(source.library):
                 return get_backend(candidate, threads=threads)
         raise QlipError(
             "no backend is installed",
@@ -56,6 +63,8 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
         )
     found = BACKENDS[name]
     try:
+        if not is_installed(found.library):
+            raise ImportError(f"No module named {found.library!r}")
         backend: Backend = getattr(importlib.import_module(found.module), found.class_name)(threads=threads)
     except ImportError as error:
         raise QlipError(

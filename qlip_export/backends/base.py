@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
-from qlip_export.bundle import EngineEntry, TensorEntry
-from qlip_export.spec import Container, DType, Frozen
+from qlip_export.backends.options import CompileOptions, refused
+from qlip_export.bundle import EngineEntry, EngineFacts, TargetEntry, TensorEntry
+from qlip_export.progress import Progress
+from qlip_export.spec import Asked, Container, DType, Frozen
 
 Buffer = Any
 """A tensor in the backend's own memory; only the backend that made it looks inside."""
@@ -48,7 +51,7 @@ class Compiled(Frozen):
 
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
-    facts: JsonValue = Field(default=None, description="JSON, e.g. the precisions of its layers")
+    facts: EngineFacts | None = Field(default=None, description="none: the library does not tell")
 
 
 class Engine(ABC):
@@ -85,6 +88,32 @@ class Backend(ABC):
         """
         return None
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Files of code whose change makes other engines."""
+        return (Path(inspect.getfile(type(self))),)
+
+    def prepare(self, options: CompileOptions, progress: Progress) -> None:
+        """Take options and a display for the compilations to come.
+
+        Raises:
+            QlipError: This backend does not take one of the options.
+        """
+        for option in options.given:
+            raise refused(self.name, option)
+
+    def check_target(self, target: TargetEntry, rebuild: str) -> None:
+        """Make sure that engines made by ``target``'s version for its device run here.
+
+        Args:
+            target: Whose engines are about to be loaded.
+            rebuild: The command that makes engines which run here.
+
+        Raises:
+            QlipError: They do not; names both sides.
+        """
+        return None
+
     @abstractmethod
     def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
         """Compile a typed ONNX file and write the engine file.
@@ -116,3 +145,17 @@ class Backend(ABC):
     @abstractmethod
     def cast(self, source: Buffer, target: Buffer) -> None:
         """Copy between buffers of the same shape and different dtypes."""
+
+
+def wrong_precisions(asked: Mapping[str, Asked], found: Mapping[str, str]) -> dict[str, str]:
+    """Return the layers whose precision is not what was asked for, each with what it is.
+
+    Args:
+        asked: By node.
+        found: What an engine computes in, by node.
+    """
+    return {
+        asked[node].layer: found.get(node, "not found")
+        for node in asked
+        if found.get(node) != asked[node].precision
+    }

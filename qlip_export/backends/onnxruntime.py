@@ -67,6 +67,8 @@ class OnnxRuntimeBackend(Backend):
         """See `Backend.compile`."""
         import onnx_ir as ir
 
+        from qlip_export.graph.precisions import locate
+
         # ONNX Runtime would copy references to the shared weight file into the engine; it must stand alone.
         model = ir.load(onnx)
         ir.external_data.load_to_model(model)
@@ -77,7 +79,8 @@ class OnnxRuntimeBackend(Backend):
         try:
             session = self._session(ir.to_proto(model).SerializeToString(), options, container)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise QlipError(f"ONNX Runtime cannot compile {onnx.name}", found=str(error)) from error
+            where = locate(onnx, str(error))
+            raise QlipError(f"ONNX Runtime cannot compile {where}", found=str(error)) from error
         return Compiled(
             inputs=tuple(_entry(p) for p in session.get_inputs()),
             outputs=tuple(_entry(p) for p in session.get_outputs()),

@@ -73,6 +73,7 @@ class OpenVINOBackend(Backend):
         import onnx_ir as ir
 
         from qlip_export.graph.expand import expand_int4
+        from qlip_export.graph.precisions import locate
 
         model = ir.load(onnx)
         expand_int4(model)
@@ -86,7 +87,8 @@ class OpenVINOBackend(Backend):
                     self._properties(container),
                 )
             except RuntimeError as error:
-                raise QlipError(f"OpenVINO cannot compile {onnx.name}", found=str(error)) from error
+                where = locate(onnx, str(error))
+                raise QlipError(f"OpenVINO cannot compile {where}", found=str(error)) from error
         engine.write_bytes(compiled.export_model().getvalue())
         return Compiled(
             inputs=tuple(_entry(p) for p in compiled.inputs),

@@ -1,158 +1,147 @@
-"""TensorRT-RTX: compiles for NVIDIA GPUs on any machine. Engines are compiled here, but never executed."""
+"""TensorRT-RTX: compiles for NVIDIA GPUs of several architectures on any machine, with or without a GPU."""
 
 from __future__ import annotations
 
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import tensorrt_rtx as trt
-from numpy.typing import NDArray
+import tensorrt_rtx
 
-from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
-from qlip_export.bundle import EngineEntry, TensorEntry
+from qlip_export.backends import tensorrt_builder as shared
+from qlip_export.backends.base import Capabilities
+from qlip_export.backends.options import CompileOptions
+from qlip_export.backends.tensorrt_family import TensorRtFamily
+from qlip_export.bundle import EngineFacts
 from qlip_export.errors import QlipError
-from qlip_export.spec import Container, DType
+from qlip_export.progress import Progress
+from qlip_export.spec import Asked, Container
 
-_NAMES: dict[Any, DType] = {
-    trt.float32: "float32",
-    trt.float16: "float16",
-    trt.bfloat16: "bfloat16",
-    trt.int64: "int64",
-    trt.int32: "int32",
-    trt.int8: "int8",
+if TYPE_CHECKING:
+    import tensorrt
+
+GPUS = {
+    "sm80": "8.0 (A100)",
+    "sm86": "8.6 (RTX 30)",
+    "sm89": "8.9 (RTX 40)",
+    "sm120": "12.0 (RTX 50)",
+    "sm121": "12.1 (DGX Spark)",
 }
+"""What `--target` takes, and the compute capability that it stands for.
+
+The library also knows sm75, but no FP32 products on it, which the timestep embedding takes.
+"""
 
 
-class TensorRtRtxBackend(Backend):
-    """Strongly typed networks, for all GPUs that the library builds for unless it is told otherwise."""
+DIAGNOSES = {
+    "VERSION_MISMATCH": "another version of TensorRT-RTX made it",
+    "UNSUPPORTED_CC": "it was not compiled for this GPU",
+    "OLD_CUDA_DRIVER": "the driver is too old",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
+    "MALFORMED_ENGINE": "it is no engine of TensorRT-RTX, or a damaged one",
+    "CUDA_ERROR": "CUDA reports an error",
+}
+"""What the library's diagnoses of an engine mean."""
+
+
+class TensorRtRtxBackend(TensorRtFamily):
+    """Engines for all GPUs that the library builds for, or for those that `--target` names."""
 
     name = "tensorrt-rtx"
+    title = "TensorRT-RTX"
+    lacks: ClassVar = {
+        "hardware_compat": "its engines run on every GPU that they were compiled for; --target names them",
+        "timing_cache": "timing caches do nothing in TensorRT-RTX",
+        "version_compat": "the library that loads such engines is not part of TensorRT-RTX",
+    }
 
-    def __init__(self, *, threads: int | None) -> None:
-        """Nothing to prepare; ``threads`` has no meaning on a GPU."""
+    @property
+    def library(self) -> shared.Library:
+        """See `TensorRtFamily.library`."""
+        library: shared.Library = tensorrt_rtx
+        return library
 
-    @cached_property
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """See `Backend.sources`."""
+        return (*super().sources, Path(inspect.getfile(TensorRtFamily)))
+
+    @property
     def capabilities(self) -> Capabilities:
-        """The library's default targets; no GPU is asked."""
+        """The GPUs that engines are made for; none is asked."""
+        gpus = " and ".join(GPUS[name] for name in self.options.target)
         return Capabilities(
-            device="NVIDIA GPUs of compute capability 8.0, 8.6, 8.9 and 12.x",
-            version=trt.__version__,
+            device=f"NVIDIA GPUs of compute capability {gpus or '8.0, 8.6, 8.9 and 12.x'}",
+            version=tensorrt_rtx.__version__,
             half="float16",
             suffix=".plan",
             containers=(Container.FLOAT, Container.HALF, Container.INT8),
-            options={"strongly_typed": True, "tf32": False},
+            options={"strongly_typed": True, "tf32": False, **self.options.identity},
             overhead=5_000_000,  # kernels for every GPU
             packs_int4=True,
         )
 
-    def require_device(self) -> None:
-        """See `Backend.require_device`."""
-        self._cannot_run()
+    def prepare(self, options: CompileOptions, progress: Progress) -> None:
+        """See `Backend.prepare`."""
+        if unknown := sorted(set(options.target) - GPUS.keys()):
+            raise QlipError(
+                f"TensorRT-RTX builds for no GPU called {unknown[0]}",
+                expected=", ".join(f"{name}: {what}" for name, what in GPUS.items()),
+                found=", ".join(unknown),
+                fix="for other GPUs: --backend tensorrt, on the device itself",
+            )
+        super().prepare(options, progress)
 
-    def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
-        """See `Backend.compile`."""
-        log = _Log()
-        builder = trt.Builder(log)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        with _readable(onnx, engine.parent, container) as (file, widened):
-            # Weights are read from beside the file, some only while the engine is built.
-            if not parser.parse_from_file(str(file)):
-                errors = [_told(parser.get_error(i)) for i in range(parser.num_errors)]
-                raise QlipError(
-                    f"TensorRT-RTX {trt.__version__} cannot read {onnx.name}",
-                    found="; ".join(errors) or log.text,
-                    fix="compile this bundle with another backend",
-                )
-            config = builder.create_builder_config()
-            config.clear_flag(trt.BuilderFlag.TF32)
-            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-            plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise QlipError(f"TensorRT-RTX {trt.__version__} cannot compile {onnx.name}", found=log.text)
-        engine.write_bytes(bytes(plan))
-        layers = [network.get_layer(i) for i in range(network.num_layers)]
-        types = Counter(layer.get_output(0).dtype.name.lower() for layer in layers)
-        return Compiled(
-            inputs=tuple(_entry(network.get_input(i)) for i in range(network.num_inputs)),
-            outputs=tuple(_entry(network.get_output(i)) for i in range(network.num_outputs)),
-            # The engine inspector would tell of layers after fusion; it needs a GPU.
-            facts={"parsed_layers": dict(sorted(types.items())), "int4_weights_widened": widened},
-        )
+    def _facts(
+        self, log: tensorrt.ILogger, plan: bytes, asked: Mapping[str, Asked], parsed: EngineFacts
+    ) -> EngineFacts:
+        if "MALFORMED_ENGINE" in diagnose(plan)[0]:
+            raise QlipError(f"{self._version} does not recognise the engine that it has just made")
+        return super()._facts(log, plan, asked, parsed)
 
-    def load(self, path: Path, entry: EngineEntry) -> Engine:
-        """See `Backend.load`."""
-        self._cannot_run()
-
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
-        """See `Backend.allocate`."""
-        self._cannot_run()
-
-    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """See `Backend.write`."""
-        self._cannot_run()
-
-    def read(self, buffer: Buffer) -> NDArray[Any]:
-        """See `Backend.read`."""
-        self._cannot_run()
-
-    def cast(self, source: Buffer, target: Buffer) -> None:
-        """See `Backend.cast`."""
-        self._cannot_run()
-
-    def _cannot_run(self) -> NoReturn:
-        raise QlipError(
-            "qlip-export compiles engines of tensorrt-rtx, but cannot run them yet",
-            expected=f"the engines run in TensorRT-RTX {trt.__version__} on {self.capabilities.device}",
-            fix="load the *.plan files with TensorRT-RTX itself, or choose another --backend",
-        )
+    def _configure(
+        self, trt: shared.Library, config: tensorrt.IBuilderConfig, messages: shared.Messages
+    ) -> None:
+        super()._configure(trt, config, messages)
+        rtx: Any = config  # TensorRT itself has no such list
+        if self.options.target:
+            rtx.num_compute_capabilities = len(self.options.target)
+            for i, name in enumerate(self.options.target):
+                rtx.set_compute_capability(getattr(tensorrt_rtx.ComputeCapability, name.upper()), i)
 
 
-class _Log(trt.ILogger):
-    """Keeps what the library calls an error; its warnings about ordinary graphs are not shown."""
+def diagnose(plan: bytes) -> tuple[tuple[str, ...], str]:
+    """Return what stands against running an engine here, keys of `DIAGNOSES`, and what else the library says.
 
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-            self.errors.append(message)
-
-    @property
-    def text(self) -> str:
-        return "; ".join(self.errors) or "no reason given"
-
-
-@contextmanager
-def _readable(onnx: Path, folder: Path, container: Container) -> Iterator[tuple[Path, int]]:
-    """Yield the file to parse, and how many of its INT4 weights were widened to INT8.
-
-    INT8 convolutions refuse packed INT4 weights; FP16 and FP32 layers read them as they are.
+    Without a GPU it tells whether the file is an engine, and that there is no GPU.
     """
-    if container is not Container.INT8:
-        yield onnx, 0
-        return
-    import onnx_ir as ir
-
-    from qlip_export.graph.expand import expand_int4
-
-    model = ir.load(onnx)
-    widened = expand_int4(model)
-    with tempfile.TemporaryDirectory(prefix=".expanded-", dir=folder) as temporary:
-        expanded = Path(temporary) / "model.onnx"
-        ir.save(model, expanded, external_data="model.data")
-        yield expanded, widened
+    messages = shared.Messages()
+    runtime = tensorrt_rtx.Runtime(shared.logger(tensorrt_rtx, messages))
+    _, bits = runtime.get_engine_validity(plan)
+    found = tensorrt_rtx.EngineInvalidityDiagnostics.__members__
+    return tuple(name for name, flag in found.items() if bits & flag.value), messages.text
 
 
-def _told(error: Any) -> str:
-    return f"node {error.node_name()!r} ({error.node_operator()}): {error.desc().strip()}"
+def check_plan(path: Path, plan: bytes, made: str, rebuild: str) -> None:
+    """Make sure that TensorRT-RTX loads an engine here.
 
+    Args:
+        path: Of the engine.
+        plan: Its bytes.
+        made: Version and devices that it was compiled with and for.
+        rebuild: The command that makes one which runs here.
 
-def _entry(port: Any) -> TensorEntry:
-    return TensorEntry(name=port.name, shape=tuple(port.shape), dtype=_NAMES[port.dtype])
+    Raises:
+        QlipError: It does not; names both sides.
+    """
+    against, told = diagnose(plan)
+    if against:
+        raise QlipError(
+            f"TensorRT-RTX does not run {path.name} here: "
+            + "; ".join(DIAGNOSES.get(name, name) for name in against),
+            expected=made,
+            found=f"TensorRT-RTX {tensorrt_rtx.__version__}: {told}",
+            fix=rebuild,
+        )

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from qlip_export.backends import get_backend
-from qlip_export.bundle import Bundle
+from qlip_export.backends.options import CompileOptions
+from qlip_export.bundle import Bundle, EngineEntry, Manifest
 from qlip_export.compile import compile_bundle, preflight
 from qlip_export.errors import QlipError
 from qlip_export.graph.cast import cast_to_half
 from qlip_export.graph.qdq import insert_qdq
 from qlip_export.progress import Silent
 from qlip_export.runtime.targets import choose_target
-from qlip_export.spec import Container, WeightBits, container_of
+from qlip_export.spec import Container, WeightBits
 from tests import tamper
 from tests.conftest import Cli
 from tests.graph.conftest import graph
@@ -36,36 +36,65 @@ def test_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, cli: C
     assert error["fix"] == 'pip install "qlip-export[tensorrt-rtx]"'
 
 
-@pytest.fixture
-def backend() -> Any:
-    pytest.importorskip("tensorrt_rtx", reason='needs pip install "qlip-export[tensorrt-rtx]"')
-    return get_backend("tensorrt-rtx")
-
-
 @pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("block", [name for name in BLOCKS if name != "time"])
-def test_block_compiles(bundle: Path, tmp_path: Path, backend: Any, block: str, bits: int) -> None:
-    (entry,) = [b for b in Bundle.open(bundle).manifest.blocks if b.name == block]
-    container = container_of(bits)
-    made = backend.compile(bundle / f"onnx/{block}.a{bits}.onnx", tmp_path / "x.plan", container)
-    assert [port.name for port in made.inputs] == list(entry.inputs)
-    assert [port.name for port in made.outputs] == list(entry.outputs)
-    half = {"float16"} if bits < 32 else {"float32"}
-    assert {port.dtype for port in made.outputs} == half
-    types = made.facts["parsed_layers"]
-    assert ("int8" in types) == (bits == 8)
-    assert ("half" in types) == (bits < 32)
-    assert (made.facts["int4_weights_widened"] > 0) == (bits == 8)
-    assert (tmp_path / "x.plan").stat().st_size > 100_000
+def test_engine_of_every_block_of_the_emoji_model(emoji_rtx: Path, block: str, bits: int) -> None:
+    opened = Bundle.open(emoji_rtx)
+    (entry,) = [b for b in opened.manifest.blocks if b.name == block]
+    engine = opened.engine(opened.manifest.targets["tensorrt-rtx"], f"onnx/{block}.a{bits}.onnx")
+    assert [port.name for port in engine.inputs] == list(entry.inputs)
+    assert [port.name for port in engine.outputs] == list(entry.outputs)
+    assert {port.dtype for port in engine.outputs} == ({"float16"} if bits < 32 else {"float32"})
+    facts = engine.facts
+    assert facts is not None and facts.source == "parsed network"
+    assert facts.wrong == {}
+    assert ("int8" in facts.precisions) == (bits == 8)
+    assert facts.precisions["float16" if bits < 32 else "float32"] > len(entry.layers)
+    assert (facts.int4_weights_widened == len(entry.layers)) == (bits == 8)
+    recognised(opened, engine)
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "vae_decoder", "policy", "time.a32"])
-def test_what_has_no_bit_options_compiles(
-    adaptive_bundle: Path, tmp_path: Path, backend: Any, name: str
-) -> None:
-    made = backend.compile(adaptive_bundle / f"onnx/{name}.onnx", tmp_path / "x.plan", Container.FLOAT)
-    assert "half" not in made.facts["parsed_layers"]
-    assert all(port.shape for port in (*made.inputs, *made.outputs))
+def test_engine_of_what_has_no_bit_options(emoji_rtx: Path, name: str) -> None:
+    opened = Bundle.open(emoji_rtx)
+    engine = opened.engine(opened.manifest.targets["tensorrt-rtx"], f"onnx/{name}.onnx")
+    assert {port.dtype for port in engine.outputs} <= {"float32", "int64"}
+    assert all(port.shape for port in (*engine.inputs, *engine.outputs))
+    assert engine.facts is not None and engine.facts.wrong == {}
+    recognised(opened, engine)
+
+
+def recognised(bundle: Bundle, engine: EngineEntry) -> None:
+    """As far as a machine without a GPU can tell: the library recognises the file, and no other."""
+    from qlip_export.backends.tensorrt_rtx import diagnose
+
+    plan = bundle.file(engine.path).read_bytes()
+    assert "MALFORMED_ENGINE" not in diagnose(plan)[0]
+    assert "MALFORMED_ENGINE" in diagnose(b"no " + plan)[0]
+
+
+def sizes(manifest: Manifest) -> dict[int, int]:
+    """Return the bytes of all engines of blocks by bits."""
+    engines = manifest.targets["tensorrt-rtx"].engines
+    found = dict.fromkeys((8, 16, 32), 0)
+    for bits in found:
+        paths = [engine.path for onnx, engine in engines.items() if onnx.endswith(f".a{bits}.onnx")]
+        found[bits] = sum(manifest.files[path].size for path in paths)
+        print(f"{bits} bits: {found[bits] / 1e6:.1f} MB")
+    return found
+
+
+def test_sizes_of_the_emoji_model(emoji_rtx: Path, rtx: Any) -> None:
+    """In small blocks kernels count more than weights, and INT8 has more of them: not half a size."""
+    manifest = Bundle.open(emoji_rtx).manifest
+    engines = manifest.targets["tensorrt-rtx"].engines
+    assert set(engines) == set(manifest.containers) and len(engines) == 28
+    size = sizes(manifest)
+    assert size[16] < size[8] < 1.4 * size[16]
+    assert size[32] < 1.2 * size[16]
+    estimate = preflight(manifest, rtx, tuple(manifest.containers), emoji_rtx)
+    total = sum(manifest.files[e.path].size for e in engines.values())
+    assert total < estimate.need < 2 * total
 
 
 def heavy_block(folder: Path, container: Container, weight_bits: WeightBits) -> Path:
@@ -84,7 +113,7 @@ def heavy_block(folder: Path, container: Container, weight_bits: WeightBits) -> 
     return bound(folder, model, index)
 
 
-def test_engine_holds_weights_at_the_width_it_was_given(tmp_path: Path, backend: Any) -> None:
+def test_engine_holds_weights_at_the_width_it_was_given(tmp_path: Path, rtx: Any) -> None:
     """4 bits in an FP16 engine, 8 in an INT8 one, which is half of an FP16 engine with weights as they are.
 
     So it is where weights dominate. In small blocks the kernels for all GPUs are most of an engine.
@@ -92,7 +121,7 @@ def test_engine_holds_weights_at_the_width_it_was_given(tmp_path: Path, backend:
     megabytes = []
     for container, weight_bits in ((Container.HALF, 4), (Container.INT8, 4), (Container.HALF, 32)):
         onnx, plan = heavy_block(tmp_path, container, weight_bits), tmp_path / "x.plan"  # type: ignore[arg-type]
-        backend.compile(onnx, plan, container)
+        rtx.compile(onnx, plan, container)
         megabytes.append(plan.stat().st_size / 1e6)
         print(f"{weight_bits}-bit weights, {container.value} engine: {megabytes[-1]:.1f} MB")
     packed, int8, half = megabytes
@@ -102,38 +131,30 @@ def test_engine_holds_weights_at_the_width_it_was_given(tmp_path: Path, backend:
 
 
 def test_packed_int4_weights_of_int8_convolutions_are_refused(
-    bundle: Path, tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, rtx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is why they are widened; should this fail one day, they need not be."""
     monkeypatch.setattr("qlip_export.graph.expand.expand_int4", lambda model: 0)
     with pytest.raises(QlipError, match=r"cannot compile stem\.a8\.onnx(.|\n)*found: .*Error") as caught:
-        backend.compile(bundle / "onnx/stem.a8.onnx", tmp_path / "x.plan", Container.INT8)
+        rtx.compile(bundle / "onnx/stem.a8.onnx", tmp_path / "x.plan", Container.INT8)
     assert "W.type()" in str(caught.value.found)
     assert not (tmp_path / "x.plan").exists()
 
 
-def test_unsupported_operator_names_node_and_block(tmp_path: Path, backend: Any) -> None:
-    x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.node("NoSuchOperator", [x], domain="nowhere", name="mid.odd")
-    node.outputs[0].name = "y"
-    odd = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21, "nowhere": 1})
-    ir.save(ir.Model(odd, ir_version=10), tmp_path / "odd.a16.onnx")
-    with pytest.raises(QlipError, match=r"cannot read odd\.a16\.onnx") as caught:
-        backend.compile(tmp_path / "odd.a16.onnx", tmp_path / "odd.plan", Container.HALF)
-    assert "node 'mid.odd' (NoSuchOperator)" in str(caught.value.found)
-
-
 @pytest.fixture
-def small(bundle: Path, tmp_path: Path, backend: Any) -> Path:
+def small(bundle: Path, tmp_path: Path, rtx: Any) -> Path:
     """A bundle with engines of OpenVINO, whose blocks `stem` and `out` are all that is left to compile."""
-    out = tamper.copy_of(bundle, tmp_path)
+    out = shrunk(tamper.copy_of(bundle, tmp_path))
+    compile_bundle(out, "tensorrt-rtx", Silent())
+    return out
 
+
+def shrunk(out: Path) -> Path:
     def shrink(manifest: dict[str, Any]) -> None:
         manifest["bits"] = [8]
         manifest["blocks"] = [b for b in manifest["blocks"] if b["name"] in ("stem", "out")]
 
     tamper.edit_manifest(out, shrink)
-    compile_bundle(out, "tensorrt-rtx", Silent())
     return out
 
 
@@ -148,6 +169,45 @@ def test_target_stands_beside_others_and_is_passed_over(small: Path) -> None:
     assert compile_bundle(small, "tensorrt-rtx", Silent()).built == 0
 
 
+def test_options_are_part_of_the_target(small: Path) -> None:
+    options = CompileOptions(tf32=True, optimization_level=1, target=("sm89", "sm86"))
+    report = compile_bundle(small, "tensorrt-rtx", Silent(), options)
+    assert (report.built, report.device) == (
+        4,
+        "NVIDIA GPUs of compute capability 8.6 (RTX 30) and 8.9 (RTX 40)",
+    )
+    target = Bundle.open(small).manifest.targets["tensorrt-rtx"]
+    wanted = {"strongly_typed": True, "tf32": True, "optimization_level": 1, "target": ["sm86", "sm89"]}
+    assert target.options == wanted
+    assert compile_bundle(small, "tensorrt-rtx", Silent(), options).built == 0
+    assert compile_bundle(small, "tensorrt-rtx", Silent()).built == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        (("--target", "sm90"), "TensorRT-RTX builds for no GPU called sm90"),
+        (("--hardware-compat", "ampere-plus"), "tensorrt-rtx takes no --hardware-compat"),
+        (("--timing-cache", "cache"), "tensorrt-rtx takes no --timing-cache"),
+        (("--version-compat",), "tensorrt-rtx takes no --version-compat"),
+        (("--optimization-level", "6"), "--optimization-level: Input should be less than or equal to 5"),
+    ],
+)
+def test_options_that_are_refused(
+    cli: Cli, bundle: Path, rtx: Any, option: tuple[str, ...], problem: str
+) -> None:
+    done = cli("compile", bundle, "--backend", "tensorrt-rtx", *option, "--json")
+    assert done.code == 2
+    assert json.loads(done.out)["error"]["problem"] == problem
+    assert list(Bundle.open(bundle).manifest.targets) == ["openvino"]
+
+
+def test_workspace_that_is_too_small_says_so(cli: Cli, bundle: Path, tmp_path: Path, rtx: Any) -> None:
+    out = tamper.copy_of(bundle, tmp_path)
+    done = cli("compile", out, "--backend", "tensorrt-rtx", "--workspace", "1", "--json")
+    assert json.loads(done.out)["error"]["fix"] == "allow more than --workspace 1"
+
+
 @pytest.mark.parametrize("command", [("generate", "a dog"), ("validate",)])
 def test_running_is_one_clear_error(
     cli: Cli, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
@@ -160,12 +220,36 @@ def test_running_is_one_clear_error(
     assert "compute capability 8.0, 8.6, 8.9 and 12.x" in error["expected"]
 
 
+def test_file_that_is_no_engine_is_refused_with_both_sides(tmp_path: Path, rtx: Any) -> None:
+    from qlip_export.backends.tensorrt_rtx import check_plan
+
+    with pytest.raises(QlipError, match=r"does not run x\.plan here: it is no engine") as caught:
+        check_plan(tmp_path / "x.plan", bytes(1000), "TensorRT-RTX 1.6", "qlip-export compile b")
+    assert caught.value.expected == "TensorRT-RTX 1.6"
+    assert str(caught.value.found).startswith(f"TensorRT-RTX {rtx.capabilities.version}")
+    assert caught.value.fix == "qlip-export compile b"
+
+
 @pytest.mark.slow
-def test_every_engine_of_the_emoji_model_compiles(cli: Cli, tmp_path: Path, backend: Any) -> None:
-    assert cli("export", "--model", "emoji", "-o", tmp_path / "emoji").code == 0
-    done = cli("compile", tmp_path / "emoji", "--backend", "tensorrt-rtx", "--json")
+@pytest.mark.timeout(1800)
+def test_every_engine_of_the_shape_of_bk_sdm_tiny(cli: Cli, tmp_path: Path, rtx: Any) -> None:
+    """Random weights; at 4 bits an INT8 engine is about twice an FP16 one, which keeps them packed."""
+    from benchmarks.shapes import write_bk_sdm_tiny
+
+    write_bk_sdm_tiny(tmp_path / "model")
+    out = tmp_path / "bundle"
+    assert cli("export", "--model", tmp_path / "model", "-o", out).code == 0
+    started = time.monotonic()
+    done = cli("compile", out, "--backend", "tensorrt-rtx", "--json")
     assert done.code == 0, done.err
-    report = json.loads(done.out)
-    manifest = Bundle.open(tmp_path / "emoji").manifest
-    assert report["built"] == len(manifest.containers) == len(manifest.targets["tensorrt-rtx"].engines)
-    assert report["bytes"] < preflight(manifest, backend, tuple(manifest.containers), tmp_path).need
+    print(f"{json.loads(done.out)['built']} engines in {time.monotonic() - started:.0f} s")
+    opened = Bundle.open(out)
+    manifest = opened.manifest
+    engines = manifest.targets["tensorrt-rtx"].engines
+    assert len(engines) == len(manifest.containers) == 27
+    size = sizes(manifest)
+    assert 1.5 * size[16] < size[8] < 2.2 * size[16]
+    assert size[32] < 1.1 * size[16]
+    for engine in engines.values():
+        assert engine.facts is not None and engine.facts.wrong == {}
+        recognised(opened, engine)

@@ -1,0 +1,34 @@
+"""The emoji model compiled by TensorRT-RTX, once for all workers. Its engines are built, never executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Shared
+
+
+@pytest.fixture
+def rtx() -> Any:
+    pytest.importorskip("tensorrt_rtx", reason='needs pip install "qlip-export[tensorrt-rtx]"')
+    from qlip_export.backends import get_backend
+
+    return get_backend("tensorrt-rtx")
+
+
+@pytest.fixture(scope="session")
+def emoji_rtx(shared: Shared) -> Path:
+    """The emoji model at 8, 16 and 32 bits with 4-bit weights and its policy: 28 engines."""
+    pytest.importorskip("tensorrt_rtx", reason='needs pip install "qlip-export[tensorrt-rtx]"')
+
+    def make(out: Path) -> None:
+        from qlip_export.build import BuildOptions, export_bundle
+        from qlip_export.compile import compile_bundle
+        from qlip_export.progress import Silent
+
+        export_bundle(BuildOptions(model="emoji"), out, Silent())
+        compile_bundle(out, "tensorrt-rtx", Silent())
+
+    return shared("emoji-rtx", make)
