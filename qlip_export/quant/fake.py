@@ -179,8 +179,15 @@ def _choice_gradients(x: Tensor, gradient: Tensor, chosen: Tensor, grids: Tensor
     return passed, torch.stack(inner, 1)
 
 
+RECOMPILE_LIMIT = 64
+"""Each number of options is compiled for a few memory layouts; torch's own limit is 8, then it gives up."""
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
     return compiled
 
