@@ -29,6 +29,7 @@ from qlip_export.errors import QlipError
 from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
 from qlip_export.families import Family
 from qlip_export.files import content_key, sha256_of
+from qlip_export.lora import LoraRef
 from qlip_export.policy.select import select_policy
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
@@ -57,6 +58,7 @@ class BuildOptions(Frozen):
     height: int | None = Field(default=None, description="of images, pixels; none: the model's own")
     width: int | None = None
     revision: str | None = Field(default=None, description="of a model from the Hub")
+    lora: tuple[str, ...] = Field(default=(), description="PATH[:SCALE], fused into the weights")
     random_weights: bool = False
     seed: int = Field(default=0, ge=0, description="of random weights")
     steps: int = Field(default=25, ge=1, le=1000)
@@ -120,6 +122,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
         options.model,
         revision=options.revision,
         random_weights=options.seed if options.random_weights else None,
+        lora=options.lora,
     )
     _require_runnable(denoiser_family(checkpoint))
     backend = get_backend(backend_name) if backend_name is not None else None
@@ -128,7 +131,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
     for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
         checkpoint.component(component).require_weights()
     # What is shipped was learned on the model's own weights.
-    folder = options.calibration or (None if options.random_weights else model.calibration)
+    folder = options.calibration or (None if options.random_weights or options.lora else model.calibration)
     denoiser = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
     shipped = _shipped_ranges(folder, denoiser, options)
     weights = _weight_method(folder, denoiser, options)
@@ -338,6 +341,7 @@ def _manifest(
             fingerprint=checkpoint.component(exporter.family.denoiser_folder).fingerprint,
             source=model.source,
             revision=model.revision,
+            lora=tuple(str(LoraRef.parse(text)) for text in options.lora),
             random_weights=checkpoint.random_seed,
             parameters=exported.parameters,
         ),

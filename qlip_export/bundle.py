@@ -158,6 +158,7 @@ class ModelEntry(Frozen):
     fingerprint: str
     source: str = Field(description="name of the zoo, id of the Hub, or folder")
     revision: str | None = Field(None, description="commit of a model from the Hub")
+    lora: tuple[str, ...] = Field((), description="fused into the weights: PATH:SCALE")
     random_weights: int | None = Field(
         None, description="seed of random weights: speed and memory are those of the model, images are noise"
     )

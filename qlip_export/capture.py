@@ -7,10 +7,11 @@ at a time, straight from the safetensors shards (`qlip_export.graph.weights.bind
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -309,9 +310,23 @@ def _without_weights(make: Callable[[], tuple[torch.nn.Module, tuple[torch.Tenso
     """Build a module with its parameters on the meta device but its buffers real: they hold constants."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _uninitialised():
         module, args = make()
     return module.eval().requires_grad_(False), args
+
+
+@contextlib.contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Keep layers from filling weights that are thrown away: twelve billion numbers take minutes."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+    before = [kind.reset_parameters for kind in kinds]
+    for kind in kinds:
+        kind.reset_parameters = lambda _: None
+    try:
+        yield
+    finally:
+        for kind, reset in zip(kinds, before, strict=True):
+            kind.reset_parameters = reset
 
 
 def _materialise_fake(module: torch.nn.Module) -> None:

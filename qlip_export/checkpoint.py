@@ -80,6 +80,11 @@ class Component:
         """What the parameters are called in the file, as keys."""
         return self._shard_of
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Parameters that are not what the folder holds."""
+        return ()
+
     def get(self, name: str) -> NDArray[Any]:
         """Return one parameter as float16 or float32 (bfloat16 is widened), in its stored shape.
 
@@ -102,8 +107,18 @@ class Component:
         with safe_open(self._shard_of[stored], framework="numpy") as file:
             return np.asarray(file.get_tensor(stored))
 
-    def _stored_name(self, name: str) -> str:
-        """Return what the file calls a parameter; old checkpoints keep the names of their day."""
+    def shape_of(self, stored: str) -> tuple[int, ...]:
+        """Return the shape of a parameter by its name in the file, without reading it."""
+        from safetensors import safe_open
+
+        with safe_open(self._shard_of[stored], framework="numpy") as file:
+            return tuple(file.get_slice(stored).get_shape())
+
+    def find(self, name: str) -> str | None:
+        """Return what the file calls a parameter, or ``None`` where it has none.
+
+        Old checkpoints keep the names of their day.
+        """
         old = name
         for new_part, old_part in _OLD_ATTENTION_NAMES.items():
             old = old.replace(f".{new_part}.", f".{old_part}.")
@@ -112,12 +127,16 @@ class Component:
                 return candidate
         # transformers drops the prefix of a model's only child ("text_model.") in newer versions.
         longer = [stored for stored in self.names if stored.endswith(f".{name}")]
-        if len(longer) != 1:
+        return longer[0] if len(longer) == 1 else None
+
+    def _stored_name(self, name: str) -> str:
+        stored = self.find(name)
+        if stored is None:
             raise QlipError(
                 f"the weights in {self.folder} have no parameter {name!r}",
                 fix="check that config.json and the weights belong together",
             )
-        return longer[0]
+        return stored
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,6 +210,10 @@ class Checkpoint:
         self.class_of(name)
         # One object for each: reading headers and hashing gigabytes is done once.
         return self._components.setdefault(name, Component(self.folder_of(name)))
+
+    def replace(self, name: str, component: Component) -> None:
+        """Have `component` return another part from now on."""
+        self._components[name] = component
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the listed components."""

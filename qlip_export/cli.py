@@ -75,6 +75,9 @@ WidthOption = Annotated[int | None, typer.Option(help="Width of images.", show_d
 RevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model from the Hub.", show_default="main")
 ]
+LoraOption = Annotated[
+    list[str] | None, typer.Option(help="PATH[:SCALE] of a LoRA (diffusers, PEFT) to fuse; repeatable.")
+]
 RandomWeightsOption = Annotated[
     bool, typer.Option("--random-weights", help="Build from configs alone, to measure speed and memory.")
 ]
@@ -120,6 +123,7 @@ def build(
     policy: PolicyOption = "auto",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
+    lora: LoraOption = None,
     random_weights: RandomWeightsOption = False,
     seed: WeightSeedOption = 0,
     out: BundleOption = None,
@@ -145,6 +149,7 @@ def export(
     policy: PolicyOption = "auto",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
+    lora: LoraOption = None,
     random_weights: RandomWeightsOption = False,
     seed: WeightSeedOption = 0,
     out: BundleOption = None,
@@ -164,6 +169,7 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     run = build_bundle if "backend" in options else export_bundle
     model: str = options["model"]
     options |= {"bits": _numbers(options["bits"]), "granularity": options.pop("blocks").value}
+    options["lora"] = tuple(options["lora"] or ())
     validated = _validated(BuildOptions, **options)
     with progress_for_terminal() as progress:
         report = run(validated, out or Path("engines") / Path(model).resolve().name, progress)

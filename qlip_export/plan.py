@@ -23,20 +23,20 @@ from qlip_export.zoo import ZooModel
 BYTES_OF = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
 """Of one activation."""
 
-EXPORT_BASE = 1.2e9
+# Measured on exports of BK-SDM-Tiny, SDXL and shortened FLUX: `python -m benchmarks memory`.
+EXPORT_BASE = 5.5e8
 """Bytes of a process that has loaded torch, diffusers and the ONNX libraries."""
-EXPORT_LAYER = 9e5
+EXPORT_LAYER = 2e5
 """Bytes of the exporter's graph for each Conv2d or Linear: its nodes and those around it."""
-QUANTIZER_COPIES = 14
-"""Bytes for each weight of the largest layer while it is put on its grid: FP32, its reading, its codes."""
+EXPORT_WEIGHT = 8
+"""Bytes for each number of the largest parameter while it is put on its grid: FP32, reading, codes."""
 
 CAPTURE_SECONDS = 0.25
-"""Of a core, for each Conv2d or Linear and part that is captured."""
-WEIGHTS_PER_SECOND = 8e6
+"""Of a core, for each Conv2d or Linear that is captured."""
+WEIGHTS_PER_SECOND = 16e6
 """Read, put on a grid and written by a core."""
-VARIANT_SECONDS = 0.02
+VARIANT_SECONDS = 0.007
 """To write a block at a bit option, for each layer."""
-
 
 _NOT_BUILT = ("encoder.down_blocks", "encoder.mid_block", "encoder.conv", "quant_conv")
 """Parts of a VAE that only read images."""
@@ -106,16 +106,17 @@ def plan(
     family = denoiser_family(checkpoint)
     shapes = shapes_of(checkpoint, batch_size=batch_size, height=height, width=width)
     seen = _run_on_meta(checkpoint, family, shapes, granularity)
-    components = {
-        name: _parameters_of(checkpoint, name)
+    sizes = {
+        name: _sizes_of(checkpoint, name)
         for name in checkpoint
         if name.startswith("text_encoder") or name == "vae"
     }
+    components = {name: sum(found) for name, found in sizes.items()}
     fp32_blocks = sum(b.name in family.float32_blocks for b in seen.blocks)
     parameters = sum(b.parameters for b in seen.blocks)
     engine_bytes = {b: _engine_bytes(seen, family, b, 32) for b in bits}
     weights = sum(components.values()) * BYTES_OF[Container.FLOAT]
-    largest = max(seen.weights.values(), default=0)
+    largest = max(*seen.weights.values(), *(n for found in sizes.values() for n in found))
     return Plan(
         model=model.name,
         family=family.name,
@@ -137,7 +138,7 @@ def plan(
         weight_file_bytes=_weight_file_bytes(seen, parameters, weight_bits),
         engine_bytes=engine_bytes,
         packed_engine_bytes={b: _engine_bytes(seen, family, b, weight_bits) for b in bits},
-        build_memory_bytes=int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + QUANTIZER_COPIES * largest),
+        build_memory_bytes=int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + EXPORT_WEIGHT * largest),
         run_memory_bytes={
             b: size + weights + seen.activations * BYTES_OF[container_of(b)]
             for b, size in engine_bytes.items()
@@ -208,11 +209,11 @@ def _run_on_meta(checkpoint: Checkpoint, family: Family, shapes: Shapes, granula
     return _Seen(blocks=blocks, weights=weights, channels=channels, activations=activations)
 
 
-def _parameters_of(checkpoint: Checkpoint, name: str) -> int:
-    module = module_of(
-        checkpoint.library_of(name), checkpoint.class_of(name), checkpoint.component(name).config, meta=True
-    )
-    return sum(p.numel() for n, p in module.named_parameters() if not n.startswith(_NOT_BUILT))
+def _sizes_of(checkpoint: Checkpoint, name: str) -> list[int]:
+    """Return the sizes of a component's parameters, of those that are built."""
+    library, class_name = checkpoint.library_of(name), checkpoint.class_of(name)
+    module = module_of(library, class_name, checkpoint.component(name).config, meta=True)
+    return [p.numel() for n, p in module.named_parameters() if not n.startswith(_NOT_BUILT)]
 
 
 def _weight_file_bytes(seen: _Seen, parameters: int, bits: WeightBits) -> int:

@@ -47,6 +47,10 @@ class RandomComponent(Component):
     def require_weights(self) -> None:
         """There is nothing to open."""
 
+    def shape_of(self, stored: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self.names[stored]
+
     def _read(self, stored: str) -> NDArray[Any]:
         return draw(stored, self.names[stored], self.seed)
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qlip_export.checkpoint import Checkpoint
+from qlip_export.checkpoint import Checkpoint, Component
 from qlip_export.errors import QlipError
 from qlip_export.random_weights import random_pipeline
 from qlip_export.sampler_probe import scheduler_from_config
@@ -47,6 +47,10 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
                 safety_checker=None,
                 requires_safety_checker=False,
             )
+            for name in checkpoint:
+                component = checkpoint.component(name)
+                if component.changed:
+                    _change_weights(getattr(pipeline, name), component)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -68,6 +72,16 @@ def quiet_loading() -> Iterator[None]:
 def use_scheduler(pipeline: Any, name: str) -> None:
     """Give a pipeline the scheduler called ``name``, with the settings of its own."""
     pipeline.scheduler = scheduler_from_config(name, dict(pipeline.scheduler.config))
+
+
+def _change_weights(module: nn.Module, component: Component) -> None:
+    """Give a module the parameters that differ from those of its folder."""
+    parameters = dict(module.named_parameters())
+    for stored in component.changed:
+        name = next(
+            n for n in parameters if stored == n or stored.endswith(f".{n}") or n.endswith(f".{stored}")
+        )
+        parameters[name].data.copy_(torch.from_numpy(component.get(stored)))
 
 
 def replace_weights(module: nn.Module, weights: Mapping[str, NDArray[np.float32]]) -> None:

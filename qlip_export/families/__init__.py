@@ -82,7 +82,7 @@ class Family:
         guided: Runs are guided by a second, unconditional half of the batch.
         patch: Latents enter as tokens of ``patch`` x ``patch`` latents; 1 for convolutional stems. The graph
             packs and unpacks them: outside of it, latents are (N, C, H, W) in every family.
-        blocks: For every granularity the block patterns, the first match wins.
+        blocks: For every granularity it has, the block patterns; the first match wins.
         high_precision_layers: Patterns of layers whose activations never go below 16 bits.
         float32_blocks: Blocks that are computed in FP32 at every bit option (the sinusoids of the timestep).
         position_ids: Arguments that number tokens, (tokens, 3), and what they number: ``text`` or ``image``.
@@ -114,7 +114,18 @@ class Family:
         return all((config.get(key) or None) == (value or None) for key, value in self.config.items())
 
     def block_of(self, module_path: str, granularity: Granularity) -> str | None:
-        """Return the block a module belongs to, or ``None`` for modules between blocks."""
+        """Return the block a module belongs to, or ``None`` for modules between blocks.
+
+        Raises:
+            QlipError: The family is not cut at this granularity.
+        """
+        if granularity not in self.blocks:
+            raise QlipError(
+                f"the family {self.name} is not cut at {granularity!r}",
+                expected=", ".join(self.blocks),
+                found=granularity,
+                fix="choose another --blocks",
+            )
         for pattern in self.blocks[granularity]:
             name = pattern.match(module_path)
             if name is not None:
@@ -145,24 +156,28 @@ class Family:
         return not any(re.fullmatch(p, layer) for p in self.high_precision_layers)
 
 
+def families() -> tuple[Family, ...]:
+    """Return all families; the first that fits a config is taken."""
+    from qlip_export.families.flux import FLUX, FLUX_SCHNELL
+    from qlip_export.families.sdxl import SDXL
+    from qlip_export.families.unet import UNET
+
+    return (UNET, SDXL, FLUX, FLUX_SCHNELL)
+
+
 def family_of(denoiser_class: str, config: Mapping[str, Any]) -> Family:
     """Return the family of a diffusers denoiser class with this ``config.json``.
 
     Raises:
         QlipError: No family knows the class, or none is called as this config wants it.
     """
-    from qlip_export.families.flux import FLUX, FLUX_SCHNELL
-    from qlip_export.families.sdxl import SDXL
-    from qlip_export.families.unet import UNET
-
-    families = (UNET, SDXL, FLUX, FLUX_SCHNELL)
-    known = [f for f in families if f.denoiser_class == denoiser_class]
+    known = [f for f in families() if f.denoiser_class == denoiser_class]
     if not known:
         raise QlipError(
             f"no family knows the denoiser class {denoiser_class!r}",
-            expected=", ".join(sorted({f.denoiser_class for f in families})),
+            expected=", ".join(sorted({f.denoiser_class for f in families()})),
             found=denoiser_class,
-            fix="add a file to qlip_export/families/ that names its blocks and layers",
+            fix="name its blocks and layers in qlip_export/families/: docs/adding-a-model.md",
         )
     for family in known:
         if family.fits(config):

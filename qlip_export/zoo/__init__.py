@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ CONFIGS = _PACKAGE / "zoo" / "configs"
 
 
 def find_model(
-    name: str, *, revision: str | None = None, random_weights: int | None = None
+    name: str, *, revision: str | None = None, random_weights: int | None = None, lora: Sequence[str] = ()
 ) -> tuple[ZooModel, Checkpoint]:
     """Return a model: of the zoo, a folder in the diffusers layout, or an id of the Hub.
 
@@ -65,6 +66,7 @@ def find_model(
         name: What to look for, in this order.
         revision: Branch, tag or commit of a model from the Hub.
         random_weights: Seed of random weights instead of the model's own; only configs are read.
+        lora: ``PATH[:SCALE]`` of LoRAs to fuse into the weights.
 
     Raises:
         QlipError: None of these, or a download that failed; the message says what to do.
@@ -73,13 +75,18 @@ def find_model(
         raise QlipError(
             f"{name} has no revisions", expected="--revision with a model of the Hub", found=revision
         )
+    model = _located(name, revision) if random_weights is None else _configs_of(name, revision)
+    checkpoint = Checkpoint(model.folder)
     if random_weights is not None:
-        model = _configs_of(name, revision)
         from qlip_export.random_weights import RandomCheckpoint
 
-        return model, RandomCheckpoint(model.folder, random_weights, EMBEDDED["emoji"] / "tokenizer")
-    model = _located(name, revision)
-    return model, Checkpoint(model.folder)
+        checkpoint = RandomCheckpoint(model.folder, random_weights, EMBEDDED["emoji"] / "tokenizer")
+    if lora:
+        from qlip_export.lora import LoraRef, fuse
+
+        denoiser = "transformer" if "transformer" in checkpoint else "unet"
+        fuse(checkpoint, [LoraRef.parse(text) for text in lora], denoiser)
+    return model, checkpoint
 
 
 def model_of(entry: ModelEntry, instead: str | None = None) -> tuple[ZooModel, Checkpoint]:
@@ -90,7 +97,9 @@ def model_of(entry: ModelEntry, instead: str | None = None) -> tuple[ZooModel, C
     """
     if instead is not None:
         return find_model(instead)
-    return find_model(entry.source, revision=entry.revision, random_weights=entry.random_weights)
+    return find_model(
+        entry.source, revision=entry.revision, random_weights=entry.random_weights, lora=entry.lora
+    )
 
 
 def find_configs(name: str, *, revision: str | None = None) -> tuple[ZooModel, Checkpoint]:
