@@ -23,6 +23,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "images": SHAPES,
     "startup": ("emoji",),
     "schedules": SHAPES,
+    "variants": ("emoji",),
+    "planning": ("emoji",),
 }
 """Name, which is also that of the module, and the shapes it makes sense for."""
 

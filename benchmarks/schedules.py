@@ -16,8 +16,8 @@ from benchmarks.bundles import BITS, Subject, prepare, subject
 from benchmarks.images import GUIDANCE, STEPS, _inputs
 from benchmarks.timing import THREADS, interleave, ratio, summary
 from qlip_export.runtime import TextToImage
-from qlip_export.runtime.chain import BitPattern
-from qlip_export.runtime.schedule import feature_average_bits, schedule
+from qlip_export.runtime.chain import Pattern
+from qlip_export.runtime.schedule import Scheduler, feature_average_bits
 
 PROMPTS = 200
 ROUNDS = {"emoji": 15, "bk-sdm-tiny": 3}
@@ -34,7 +34,8 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     policy = chooser.bundle.manifest.policy
     assert policy is not None
     blocks = chooser.chain.blocks
-    schedules = [schedule(policy.table, blocks, [q]) for q in chooser.qualities(prompts)]
+    schedule = Scheduler(policy.table, blocks)
+    schedules = [schedule([q]) for q in chooser.qualities(prompts)]
     ours = TextToImage.load(of.bundle("coarse"), threads=THREADS)
     uniform = {bits: ours.chain.uniform(bits) for bits in BITS}
     asked = Counter(pattern for patterns in schedules for pattern in patterns)
@@ -71,11 +72,11 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def _name(pattern: BitPattern) -> str:
-    return "-".join(map(str, pattern))
+def _name(pattern: Pattern) -> str:
+    return "-".join(pattern)
 
 
-def _step(ours: TextToImage, pattern: BitPattern) -> Callable[[], Any]:
+def _step(ours: TextToImage, pattern: Pattern) -> Callable[[], Any]:
     latents, timestep, text = _inputs(ours)
     ours.chain.load([pattern])
     ours.chain.hold("text", text)

@@ -8,10 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from qlip_export import __version__
 from qlip_export.backends import get_backend
+from qlip_export.backends.base import Backend
+from qlip_export.build_variants import hardware, prompt_qualities
 from qlip_export.bundle import (
     SCHEMA_VERSION,
     Bundle,
@@ -30,12 +32,14 @@ from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
 from qlip_export.families import Family
 from qlip_export.files import content_key, sha256_of
 from qlip_export.lora import LoraRef
-from qlip_export.policy.select import select_policy
+from qlip_export.policy.select import SelectedPolicy, select_policy
 from qlip_export.progress import Progress
+from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
-from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, WeightBits, container_of
+from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, Unit, WeightBits, container_of
+from qlip_export.variants.choose import Choice, Chooser, Limits, VariantRow
 from qlip_export.workspace import Workspace, check_replaceable
 from qlip_export.zoo import ZooModel, find_model
 
@@ -66,6 +70,28 @@ class BuildOptions(Frozen):
     calibration: Path | None = None
     policy: str = "auto"
     weights: Literal["auto", "nearest"] = "auto"
+    precision: Unit = "block"
+    fuse: bool = False
+    max_variants: int | None = Field(default=None, ge=1)
+    max_engine_bytes: int | None = Field(default=None, ge=1)
+    target_fab: float | None = Field(default=None, gt=0)
+    target_latency: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> BuildOptions:
+        given = [name for name in _LIMITS if getattr(self, name) is not None]
+        options = [f"--{name.replace('_', '-')}" for name in given]
+        if given and self.precision == "block":
+            raise QlipError(
+                f"{options[0]} limits variants by layer",
+                found="--granularity block",
+                fix="--granularity layer",
+            )
+        if len(given) > 1:
+            raise QlipError(
+                "each of these picks the number of variants", expected="one of them", found=", ".join(options)
+            )
+        return self
 
     @field_validator("bits")
     @classmethod
@@ -77,6 +103,9 @@ class BuildOptions(Frozen):
                 "the bit options must increase", expected="e.g. 8,16,32", found=",".join(map(str, bits))
             )
         return bits
+
+
+_LIMITS = ("max_variants", "max_engine_bytes", "target_fab", "target_latency")
 
 
 class BuildReport(Frozen):
@@ -91,6 +120,9 @@ class BuildReport(Frozen):
     policy: str | None = Field(description="none: uniform bits only")
     weights: str = Field(description="how the denoiser's weights were rounded")
     blocks: int
+    unfused: int = Field(description="blocks before neighbours were fused")
+    variants: tuple[VariantRow, ...] = Field(description="what numbers of variants cost; none: uniform bits")
+    chosen: VariantRow | None = Field(description="the number of variants that was built")
     engines: int
     built: int = Field(description="files made by this run")
     reused: int = Field(description="files that were there already")
@@ -140,6 +172,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
         options.policy,
         bits=options.bits,
         granularity=options.granularity,
+        precision=options.precision,
         denoiser=denoiser,
         text_encoder=checkpoint.component("text_encoder").fingerprint,
     )
@@ -147,10 +180,18 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
     with Workspace.open(
         out, lambda: progress.note(f"another build is writing {out}; waiting for it")
     ) as workspace:
+        chooser = _chooser(options, policy, len(sampler.steps), checkpoint, folder, backend, workspace)
         exporter = Exporter(
             checkpoint,
             shapes,
-            ExportOptions(options.bits, options.weight_bits, options.granularity, weights),
+            ExportOptions(
+                options.bits,
+                options.weight_bits,
+                options.granularity,
+                weights,
+                chooser,
+                options.precision == "block",
+            ),
             workspace,
             progress,
         )
@@ -178,7 +219,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
             update = {"targets": {backend.name: target}, "files": workspace.files}
             manifest = manifest.model_copy(update=update)
         bundle = workspace.finish(manifest)
-        return _report(bundle, workspace, time.monotonic() - started)
+        return _report(bundle, exporter.choice, workspace, time.monotonic() - started)
 
 
 def _require_runnable(family: Family) -> None:
@@ -200,6 +241,42 @@ def _sampler(checkpoint: Checkpoint, options: BuildOptions) -> SamplerTable:
     config = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
     return probe_scheduler(
         scheduler_from_config(options.scheduler, config), options.steps, name=options.scheduler
+    )
+
+
+def _chooser(
+    options: BuildOptions,
+    policy: SelectedPolicy | None,
+    steps: int,
+    checkpoint: Checkpoint,
+    folder: Path | None,
+    backend: Backend | None,
+    workspace: Workspace,
+) -> Chooser | None:
+    """Return what chooses variants and fuses blocks, or nothing where all is uniform and apart."""
+    if options.precision == "block" and not options.fuse:
+        return None
+    if policy is None:
+        raise QlipError(
+            "blocks are fused where a policy never tells them apart, and there is no policy",
+            fix="--blocks whole, or a calibrated folder with --calibration",
+        )
+    if backend is None and (options.max_engine_bytes is not None or options.target_latency is not None):
+        option = "--max-engine-bytes" if options.max_engine_bytes is not None else "--target-latency"
+        raise QlipError(f"{option} is about engines, and an export makes none", fix="qlip-export build")
+    qualities: list[float] = []
+    if options.precision == "layer":
+        path = folder / "prompts.txt" if folder is not None else None
+        prompts = read_prompts(path) if path is not None and path.is_file() else list(GENERIC_PROMPTS)
+        qualities = prompt_qualities(checkpoint, policy.quality, prompts, workspace)
+    return Chooser(
+        policy.policy.table(steps),
+        qualities,
+        Limits(options.max_variants, options.max_engine_bytes, options.target_fab, options.target_latency),
+        hardware(backend, options.weight_bits, folder, policy.denoiser, options.batch_size),
+        precision=options.precision,
+        fuse=options.fuse,
+        batches=options.batch_size > 1,
     )
 
 
@@ -267,7 +344,6 @@ def _ranges(
         return Ranges.load(path)
 
     from qlip_export.calibrate import measure_ranges
-    from qlip_export.prompts import GENERIC_PROMPTS
 
     if checkpoint.random_seed is not None:
         from qlip_export.random_weights import assumed_ranges
@@ -347,6 +423,7 @@ def _manifest(
         ),
         bits=options.bits,
         granularity=options.granularity,
+        precision=options.precision,
         quantization=QuantizationEntry(
             weight_bits=options.weight_bits,
             weight_method="none" if options.weight_bits == 32 else weights.name,
@@ -377,7 +454,7 @@ def _manifest(
     )
 
 
-def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport:
+def _report(bundle: Bundle, choice: Choice | None, workspace: Workspace, seconds: float) -> BuildReport:
     manifest = bundle.manifest
     target = next(iter(manifest.targets.values()), None)
     return BuildReport(
@@ -390,6 +467,9 @@ def _report(bundle: Bundle, workspace: Workspace, seconds: float) -> BuildReport
         policy=manifest.policy.name if manifest.policy else None,
         weights=manifest.quantization.weight_method,
         blocks=len(manifest.blocks),
+        unfused=sum(map(len, choice.runs)) if choice else len(manifest.blocks),
+        variants=choice.rows if choice else (),
+        chosen=choice.chosen if choice else None,
         engines=sum(path.startswith("engines/") for path in manifest.files),
         built=workspace.built,
         reused=workspace.reused,

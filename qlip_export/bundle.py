@@ -15,7 +15,16 @@ from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_va
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 from qlip_export.policy.table import DecisionTable
-from qlip_export.spec import Container, DType, Frozen, Granularity, SamplerTable, WeightBits
+from qlip_export.spec import (
+    Container,
+    DType,
+    Frozen,
+    Granularity,
+    SamplerTable,
+    Unit,
+    WeightBits,
+    variant_name,
+)
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
@@ -70,6 +79,7 @@ class EngineEntry(Frozen):
     container: Container
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    widened: bool = Field(default=False, description="computes in FP32 where the graph has FP16")
     facts: EngineFacts | None = Field(default=None, description="none: the compiler does not tell")
 
 
@@ -97,10 +107,14 @@ class LayerEntry(Frozen):
 
 
 class VariantEntry(Frozen):
-    """A block at one bit option."""
+    """A block at one bit option, or with each of its layers at its own."""
 
-    bits: int
-    container: Container
+    bits: int = Field(description="of all quantized layers, or the highest where they differ")
+    layers: tuple[int, ...] | None = Field(
+        default=None,
+        description="bits of each quantized layer, in the block's order; none where they are all `bits`",
+    )
+    container: Container = Field(description="the narrowest that some layer is carried by")
     onnx: BundlePath
 
 
@@ -111,7 +125,21 @@ class BlockEntry(Frozen):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     layers: tuple[LayerEntry, ...]
-    variants: dict[str, VariantEntry]
+    parts: tuple[str, ...] = Field(
+        default=(), description="blocks with quantized layers that it was fused from; none: it was not"
+    )
+    reference: BundlePath = Field(description="ONNX at 32 bits, which engines are compared with")
+    variants: dict[str, VariantEntry] = Field(description="what can run, by name")
+
+    @property
+    def quantized(self) -> list[LayerEntry]:
+        """The layers whose activations follow the policy."""
+        return [layer for layer in self.layers if layer.quantized]
+
+    def layer_bits(self, variant: str) -> tuple[int, ...]:
+        """Return the bits of every quantized layer in a variant."""
+        entry = self.variants[variant]
+        return entry.layers if entry.layers is not None else (entry.bits,) * len(self.quantized)
 
 
 class ComponentEntry(Frozen):
@@ -197,7 +225,8 @@ class Manifest(Frozen):
     qlip_export_version: str
     model: ModelEntry
     bits: tuple[int, ...]
-    granularity: Granularity
+    granularity: Granularity = Field(description="where the denoiser was cut")
+    precision: Unit = Field(description="what has bits of its own in an engine: the block, or each layer")
     quantization: QuantizationEntry
     shapes: ShapesEntry
     inputs: tuple[TensorEntry, ...] = Field(description="the denoiser's own inputs: latents, timestep, text")
@@ -226,7 +255,7 @@ class Manifest(Frozen):
     @property
     def containers(self) -> dict[str, Container]:
         """The ONNX files that a target compiles, and the container of each."""
-        variants = [v for block in self.blocks for v in block.variants.values() if v.bits in self.bits]
+        variants = [v for block in self.blocks for v in block.variants.values()]
         parts = [part for part in (self.text_encoder, self.vae_decoder, self.policy) if part is not None]
         return {v.onnx: v.container for v in variants} | {p.onnx: Container.FLOAT for p in parts}
 
@@ -348,6 +377,12 @@ class Bundle:
             )
         return entry
 
+    @property
+    def uniform(self) -> tuple[int, ...]:
+        """The bit options at which every block can run with all of its layers."""
+        blocks = self.manifest.blocks
+        return tuple(b for b in self.manifest.bits if all(variant_name(b) in k.variants for k in blocks))
+
     def bits(self, requested: int | None = None) -> int:
         """Return the bit option of a uniform run: the requested one, else the best that runs fast.
 
@@ -356,7 +391,13 @@ class Bundle:
         Raises:
             QlipError: The bundle has no such option.
         """
-        options = self.manifest.bits
+        options = self.uniform
+        if not options or (requested in self.manifest.bits and requested not in options):
+            raise QlipError(
+                "the engines of this bundle run what its policy asks for, and no uniform bits",
+                found=None if requested is None else str(requested),
+                fix="build it with --granularity block",
+            )
         if requested is None:
             return best_fast_option(options)
         if requested not in options:

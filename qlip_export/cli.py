@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -35,6 +36,13 @@ JsonOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of an engine.", show_default="all")
 ]
+
+
+class Granularity(str, enum.Enum):
+    """What has bits of its own in an engine."""
+
+    block = "block"
+    layer = "layer"
 
 
 class Blocks(str, enum.Enum):
@@ -91,6 +99,24 @@ CalibrationOption = Annotated[
 PolicyOption = Annotated[
     str, typer.Option(help="Trained policy: auto (the default one that fits --bits), none, or its name.")
 ]
+GranularityOption = Annotated[
+    Granularity,
+    typer.Option(
+        help="block: an engine runs all its layers at one option. layer: engines for exactly the "
+        "combinations that a policy by layer can ask for."
+    ),
+]
+FuseOption = Annotated[
+    bool, typer.Option("--fuse", help="Make one engine of neighbours that the policy never tells apart.")
+]
+MaxVariantsOption = Annotated[
+    int | None,
+    typer.Option(help="With --granularity layer: engines of a block at most.", show_default="no limit"),
+]
+TargetFabOption = Annotated[
+    float | None,
+    typer.Option(help="With --granularity layer: as few engines as give these average bits."),
+]
 WeightsOption = Annotated[
     str, typer.Option(help="auto (learned rounding where the calibration has it) or nearest.")
 ]
@@ -126,6 +152,18 @@ def build(
     lora: LoraOption = None,
     random_weights: RandomWeightsOption = False,
     seed: WeightSeedOption = 0,
+    granularity: GranularityOption = Granularity.block,
+    max_variants: MaxVariantsOption = None,
+    max_engine_bytes: Annotated[
+        str | None,
+        typer.Option(help="With --granularity layer: of the denoiser's engines together, e.g. 600MB."),
+    ] = None,
+    target_fab: TargetFabOption = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(help="With --granularity layer: as few engines as give these seconds of denoising."),
+    ] = None,
+    fuse: FuseOption = False,
     out: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -152,6 +190,10 @@ def export(
     lora: LoraOption = None,
     random_weights: RandomWeightsOption = False,
     seed: WeightSeedOption = 0,
+    granularity: GranularityOption = Granularity.block,
+    max_variants: MaxVariantsOption = None,
+    target_fab: TargetFabOption = None,
+    fuse: FuseOption = False,
     out: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -164,12 +206,16 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     """Build where the options name a backend, export where they do not, and tell what was done."""
     from qlip_export.build import BuildOptions, export_bundle
     from qlip_export.build import build as build_bundle
+    from qlip_export.display import print_variants
     from qlip_export.progress import progress_for_terminal
 
     run = build_bundle if "backend" in options else export_bundle
     model: str = options["model"]
-    options |= {"bits": _numbers(options["bits"]), "granularity": options.pop("blocks").value}
     options["lora"] = tuple(options["lora"] or ())
+    options |= {"bits": _numbers(options["bits"]), "precision": options.pop("granularity").value}
+    options["granularity"] = options.pop("blocks").value
+    if options.get("max_engine_bytes") is not None:
+        options["max_engine_bytes"] = _bytes(options["max_engine_bytes"], "--max-engine-bytes")
     validated = _validated(BuildOptions, **options)
     with progress_for_terminal() as progress:
         report = run(validated, out or Path("engines") / Path(model).resolve().name, progress)
@@ -177,7 +223,11 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
         print(report.model_dump_json())
         return
     sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in report.bytes.items() if size)
+    if report.variants:
+        print_variants(report)
     print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits")
+    if report.unfused != report.blocks:
+        print(f"  {report.unfused} blocks were fused into {report.blocks}")
     print(f"  policy: {report.policy or 'none, uniform bits only'}; weights: {report.weights}")
     if report.random_weights is not None:
         print(f"  random weights of seed {report.random_weights}: for speed and memory, not for images")
@@ -287,7 +337,8 @@ def generate(
             "a prompt is empty", expected="text", fix='e.g. qlip-export generate BUNDLE "a red apple"'
         )
     pipeline = TextToImage.load(bundle, backend=backend, threads=threads)
-    pipeline.bundle.bits(bits)
+    if bits is not None:
+        pipeline.bundle.bits(bits)
     _say_which(pipeline, backend)
     files = _image_paths(out, len(prompt))
     manifest = pipeline.bundle.manifest
@@ -671,6 +722,16 @@ def _numbers(text: str, option: str = "--bits") -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise QlipError(f"{option} is no list of numbers", expected="e.g. 8,16,32", found=text) from error
+
+
+def _bytes(text: str, option: str) -> int:
+    """Return the bytes of e.g. 600MB: kB, MB and GB are powers of 1000, KiB, MiB and GiB of 1024."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    size = float(found[1]) * units.get(found[2], 0) if found else 0
+    if size < 1:
+        raise QlipError(f"{option} is no size", expected="e.g. 600MB, 1.5GB", found=text)
+    return int(size)
 
 
 def _say_which(pipeline: TextToImage, wanted: str) -> None:

@@ -141,6 +141,7 @@ def compile_target(
             container=container,
             inputs=compiled.inputs,
             outputs=compiled.outputs,
+            widened=compiled.widened,
             facts=compiled.facts,
         )
     return TargetEntry(

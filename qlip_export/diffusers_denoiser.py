@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from qlip_export.errors import QlipError
 from qlip_export.runtime import TextToImage
-from qlip_export.runtime.chain import BitPattern
+from qlip_export.runtime.chain import Pattern
 
 CONFIG = "capture/denoiser.config.json"
 
@@ -40,8 +40,8 @@ class DiffusersDenoiser(torch.nn.Module):
         self.device = torch.device("cpu")
 
     @property
-    def pattern(self) -> BitPattern:
-        """Bits of every block."""
+    def pattern(self) -> Pattern:
+        """Variant of every block."""
         return self._runtime.chain.uniform(self.bits)
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ from qlip_export.memory import MemoryRow, kibibytes, mebibytes
 from qlip_export.spec import variant_name
 
 if TYPE_CHECKING:
+    from qlip_export.build import BuildReport
     from qlip_export.evaluate import EvaluationReport
     from qlip_export.metrics import Estimate
-    from qlip_export.validate import ValidationReport
+    from qlip_export.validate import BlockRow, ImageRow, ValidationReport
 
 Record = dict[str, Any]
 _CELL = 3
@@ -55,6 +57,8 @@ def print_bundle(bundle: Bundle) -> None:
 
 
 def _block_table(manifest: Manifest, target: TargetEntry | None) -> Table:
+    if manifest.precision == "layer":
+        return _mixed_table(manifest, target)
     table = Table("block", "layers", "MACs", *(f"{b} bits, MB" for b in manifest.bits))
     table.columns[0].no_wrap = True
     for block in manifest.blocks:
@@ -66,6 +70,25 @@ def _block_table(manifest: Manifest, target: TargetEntry | None) -> Table:
             cells.append(f"{variant.container.value} {size}")
         macs = sum(layer.macs for layer in block.layers)
         table.add_row(block.name, str(len(block.layers)), f"{macs / 1e9:.2f} G", *cells)
+    return table
+
+
+def _mixed_table(manifest: Manifest, target: TargetEntry | None) -> Table:
+    table = Table("block", "layers", "MACs", "variants", "mean bits", "engines, MB")
+    table.columns[0].no_wrap = True
+    for block in manifest.blocks:
+        means = [sum(bits) / len(bits) for name in block.variants if (bits := block.layer_bits(name))]
+        paths = {v.onnx for v in block.variants.values()}
+        engines = [e for onnx, e in target.engines.items() if onnx in paths] if target else []
+        size = sum(manifest.files[engine.path].size for engine in engines)
+        table.add_row(
+            block.name,
+            str(len(block.layers)),
+            f"{sum(layer.macs for layer in block.layers) / 1e9:.2f} G",
+            str(len(block.variants)),
+            f"{min(means):.1f} to {max(means):.1f}" if means else "",
+            f"{size / 1e6:.1f}" if engines else "no engines",
+        )
     return table
 
 
@@ -86,6 +109,26 @@ def _policy_text(policy: PolicyEntry | None) -> str:
         f"  {len(changes)} thresholds, between q = {between}; "
         f"{steady} of {len(choices)} choices do not depend on q"
     )
+
+
+def print_variants(report: BuildReport) -> None:
+    """Print what other numbers of variants would have cost and given, and which was built."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = Table("variants of a block", "engines", "MB, about", "expected FAB", "expected seconds")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report.variants:
+        seconds = "not known" if row.seconds is None else f"{row.seconds:.3f}"
+        count = "all there are" if row.variants is None else f"at most {row.variants}"
+        table.add_row(count, str(row.engines), f"{row.bytes / 1e6:.0f}", f"{row.fab:.2f}", seconds)
+    console.print(table)
+    assert report.chosen is not None
+    count = "all" if report.chosen.variants is None else f"at most {report.chosen.variants}"
+    console.print(
+        f"built: {count}, {report.chosen.engines} engines of the denoiser, FAB {report.chosen.fab:.2f} "
+        "expected over calibration prompts"
+    )
+    console.print("seconds are those of the denoiser for an image, from times of uniform blocks")
 
 
 def print_memory(rows: Sequence[MemoryRow]) -> None:
@@ -112,8 +155,8 @@ def print_schedules(bundle: Bundle, records: Sequence[Record], *, stderr: bool =
     """
     console = Console(highlight=False, markup=False, stderr=stderr)
     policy = bundle.manifest.policy
-    options = sorted({bits for record in records for row in record["bits"] for bits in row})
-    options = sorted({*options, *(policy.table.options if policy else ())})
+    chosen = {bits for record in records for row in record["bits"] for bits in row}
+    options = sorted({*(b for b in chosen if b == int(b)), *(policy.table.options if policy else ())})
     for _, group in groupby(records, key=lambda record: record["bits"]):
         images = list(group)
         console.print()
@@ -148,7 +191,7 @@ def _draw_map(
             line = Text(block.name.ljust(margin))
             for row in part:
                 if layers[i]:
-                    line.append(f"{row[i]:>2} ", _colour(row[i], options))
+                    line.append(f"{round(row[i]):>2} ", _colour(row[i], options))
                 else:
                     line.append(" · ", "dim")
             if last and layers[i]:
@@ -159,9 +202,9 @@ def _draw_map(
         console.print(Text(f"· {idle}: no layer follows the bit options", "dim"))
 
 
-def _colour(bits: int, options: Sequence[int]) -> str:
+def _colour(bits: float, options: Sequence[int]) -> str:
     """Return the style of ``bits``: from green for the lowest option to red for the highest."""
-    rank = options.index(bits)
+    rank = bisect_left(options, bits)
     return _COLOURS[round(rank * (len(_COLOURS) - 1) / max(1, len(options) - 1))]
 
 
@@ -172,7 +215,7 @@ def print_validation(report: ValidationReport) -> None:
     for row in report.rows:
         table.add_row(
             row.block,
-            str(row.bits),
+            _variant_bits(row).removeprefix("at ").removesuffix(" bits"),
             f"{row.error:.1e}",
             f"{row.tolerance:.0e}",
             f"{row.cosine:.6f}",
@@ -189,18 +232,26 @@ def print_validation(report: ValidationReport) -> None:
     for image in report.images:
         found = "not finite" if image.psnr is None else f"{image.psnr:.1f} dB"
         wanted = f" (at least {image.least:.0f})" if image.least is not None else ""
-        console.print(f"image at {image.bits} bits against {image.reference}: {found}{wanted}")
+        console.print(f"image at {_image_bits(image)} against {image.reference}: {found}{wanted}")
     for note in report.notes:
         console.print(f"note: {note}")
-    off = [f"{row.block} at {row.bits} bits" for row in report.rows if not row.passed]
+    off = [f"{row.block} {_variant_bits(row)}" for row in report.rows if not row.passed]
     off += ["the policy"] if policy is not None and not policy.passed else []
-    off += [f"the image at {image.bits} bits" for image in report.images if not image.passed]
+    off += [f"the image at {_image_bits(image)}" for image in report.images if not image.passed]
     images = "" if report.images else "; images were not compared"
     console.print(
         f"all {report.target} engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}"
     )
     for command in report.commands:
         console.print(command, soft_wrap=True)
+
+
+def _variant_bits(row: BlockRow) -> str:
+    return f"at {row.bits} bits" if row.variant == variant_name(row.bits) else row.variant
+
+
+def _image_bits(image: ImageRow) -> str:
+    return "the policy's bits" if image.bits is None else f"{image.bits} bits"
 
 
 FEW = 2000

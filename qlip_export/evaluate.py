@@ -34,7 +34,6 @@ from qlip_export.files import content_key, explained_os_errors, sha256_of, writt
 from qlip_export.metrics import (
     Draws,
     Estimate,
-    average_bits,
     bit_operations,
     clip_scores,
     frechet_draws,
@@ -115,7 +114,7 @@ class Measured:
 
     Attributes:
         features: Of N images, (N, width) float32 by feature set; empty if no metric needs images.
-        bits: (N, steps, blocks) uint8.
+        bits: (N, steps, layers) uint8, of the quantized layers.
     """
 
     features: Features
@@ -306,7 +305,7 @@ def _draws(
 ) -> dict[Metric, Draws]:
     """Return every metric of a configuration, with the same resamples for all configurations."""
     images = resample(len(measured.bits))
-    layers, macs, fixed_macs = _work(bundle)
+    macs, fixed_macs = _work(bundle)
     weight_bits = bundle.manifest.quantization.weight_bits
 
     def draw(metric: Metric) -> Draws:
@@ -316,7 +315,7 @@ def _draws(
         if metric == "clip" and texts is not None:
             return mean_draws(clip_scores(measured.features["embedding"], texts), images)
         if metric == "fab":
-            return mean_draws(average_bits(measured.bits, layers), images)
+            return mean_draws(measured.bits.mean((1, 2), dtype=np.float64), images)
         if metric == "bitops":
             return mean_draws(bit_operations(measured.bits, macs, fixed_macs, weight_bits), images)
         assert metric == "latency" and seconds is not None
@@ -325,17 +324,16 @@ def _draws(
     return {metric: draw(metric) for metric in metrics}
 
 
-def _work(bundle: Bundle) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Return for each block how many layers follow the bit options and their MACs; the MACs of all others.
+def _work(bundle: Bundle) -> tuple[NDArray[np.int64], int]:
+    """Return the MACs of each layer that follows the bit options, and those of all others.
 
     The manifest counts MACs at the bundle's static shapes: a batch, and both halves of guidance.
     """
     samples = 2 * bundle.manifest.shapes.batch_size
-    blocks = [[layer for layer in block.layers if layer.quantized] for block in bundle.manifest.blocks]
+    layers = [layer for block in bundle.manifest.blocks for layer in block.quantized]
     others = [layer for block in bundle.manifest.blocks for layer in block.layers if not layer.quantized]
     return (
-        np.array([len(layers) for layers in blocks]),
-        np.array([sum(layer.macs for layer in layers) // samples for layers in blocks]),
+        np.array([layer.macs // samples for layer in layers]),
         sum(layer.macs for layer in others) // samples,
     )
 
@@ -397,14 +395,14 @@ def _prompts(options: EvaluateOptions, model: ZooModel, metrics: Sequence[Metric
 
 def _configurations(bundle: Bundle, options: EvaluateOptions, device: Device) -> tuple[list[str], str]:
     """Return the names of the configurations, and which of them is the baseline."""
-    compare = options.compare or bundle.manifest.bits
+    compare = options.compare or (bundle.uniform if device == "engines" else bundle.manifest.bits)
     for bits in compare:
         if device == "engines":
             bundle.bits(bits)
         container_of(bits)
     names = [POLICY] if bundle.manifest.policy is not None else []
     names += map(str, dict.fromkeys(compare))
-    baseline = options.baseline or str(best_fast_option(compare))
+    baseline = options.baseline or (str(best_fast_option(compare)) if compare else POLICY)
     return names, _one_of(baseline, tuple(names), "baseline")
 
 

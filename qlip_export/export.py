@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -12,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from qlip_export.bundle import BlockEntry, ComponentEntry, Exported, LayerEntry, TensorEntry, VariantEntry
+from qlip_export.bundle import (
+    BlockEntry,
+    ComponentEntry,
+    Exported,
+    LayerEntry,
+    TensorEntry,
+    VariantEntry,
+    best_fast_option,
+)
 from qlip_export.capture import (
     OPSET,
     Shapes,
@@ -24,10 +33,9 @@ from qlip_export.capture import (
 from qlip_export.checkpoint import Checkpoint, Component
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
-from qlip_export.graph.cast import cast_to_half
 from qlip_export.graph.layers import find_layers, static_shape
-from qlip_export.graph.qdq import insert_qdq
 from qlip_export.graph.split import Block, split
+from qlip_export.graph.variant import type_variant
 from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import Ranges
@@ -38,8 +46,11 @@ from qlip_export.spec import (
     Granularity,
     WeightBits,
     container_of,
+    mixed_name,
     variant_name,
 )
+from qlip_export.variants.choose import Choice
+from qlip_export.variants.fuse import fused_name
 from qlip_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -67,16 +78,25 @@ class ExportOptions:
         weight_bits: 4 or 8 on a grid, 32 as they are.
         granularity: Where to cut.
         weights: How the denoiser's weights are rounded.
+        choose: Chooses the variants of blocks and which blocks to fuse, from their layers and the names of
+            those that stay apart; without it every block is exported at every bit option.
+        uniform: Export every (fused) block at every bit option whatever was chosen.
     """
 
     bits: tuple[int, ...]
     weight_bits: WeightBits
     granularity: Granularity
     weights: WeightMethod
+    choose: Callable[[Mapping[str, Sequence[LayerEntry]], Sequence[str]], Choice] | None = None
+    uniform: bool = True
 
 
 class Exporter:
-    """Exports one checkpoint into a workspace, product by product."""
+    """Exports one checkpoint into a workspace, product by product.
+
+    Attributes:
+        choice: Which variants of which blocks were exported, where the options choose.
+    """
 
     def __init__(
         self,
@@ -93,6 +113,7 @@ class Exporter:
         self._workspace = workspace
         self._progress = progress
         self.family = denoiser_family(checkpoint)
+        self.choice: Choice | None = None
 
     @cached_property
     def _code(self) -> str:
@@ -184,76 +205,107 @@ class Exporter:
     def _blocks(
         self, captured: _Captured, weights: _Weights, ranges: Ranges | None
     ) -> tuple[BlockEntry, ...]:
-        blocks = split(
-            captured.model,
-            self.family.input_names,
-            lambda scope: self.family.block_of(scope, self._options.granularity),
-        )
-        bits = sorted({*self._options.bits, REFERENCE_BITS})
-        self._progress.stage("export", len(blocks) * len(bits))
+        blocks = self._split(captured, {})
+        parts: dict[str, tuple[str, ...]] = {}
+        if self._options.choose is not None:
+            layers = {block.name: self._layers(block) for block in blocks}
+            choice = self.choice = self._options.choose(layers, self.family.float32_blocks)
+            fused = {name: fused_name(run) for run in choice.runs for name in run}
+            if len(choice.runs) < len(blocks):
+                blocks = self._split(captured, fused)
+            for run in (run for run in choice.runs if len(run) > 1):
+                deciding = (name for name in run if any(layer.quantized for layer in layers[name]))
+                parts[fused_name(run)] = tuple(deciding)
+        patterns = [self._patterns(block) for block in blocks]
+        self._progress.stage("export", sum(map(len, patterns)) + len(blocks))
         entries = []
-        for block in blocks:
-            layers = tuple(
-                LayerEntry(
-                    name=layer.name,
-                    kind="conv" if layer.kind == "conv" else "linear",
-                    macs=layer.macs,
-                    weights=_count(block.model, layer.weight),
-                    quantized=self.family.quantizes(layer.name),
-                )
-                for layer in find_layers(block.model.graph)
-            )
-            variants = {variant_name(b): self._variant(block, layers, b, weights, ranges) for b in bits}
+        for block, wanted in zip(blocks, patterns, strict=True):
+            inside = self._layers(block)
+            reference = self._variant(block, inside, REFERENCE_BITS, {}, weights, ranges)
+            variants = [self._variant(block, inside, bits, of, weights, ranges) for bits, of in wanted]
             entries.append(
                 BlockEntry(
                     name=block.name,
                     inputs=block.inputs,
                     outputs=block.outputs,
-                    layers=layers,
-                    variants=variants,
+                    layers=inside,
+                    parts=parts.get(block.name, ()),
+                    reference=reference.onnx,
+                    variants={mixed_name(v.layers or (v.bits,)): v for v in variants},
                 )
             )
         return tuple(entries)
+
+    def _split(self, captured: _Captured, fused: Mapping[str, str]) -> list[Block]:
+        def block_of(scope: str) -> str | None:
+            name = self.family.block_of(scope, self._options.granularity)
+            return None if name is None else fused.get(name, name)
+
+        return split(captured.model, self.family.input_names, block_of)
+
+    def _layers(self, block: Block) -> tuple[LayerEntry, ...]:
+        return tuple(
+            LayerEntry(
+                name=layer.name,
+                kind="conv" if layer.kind == "conv" else "linear",
+                macs=layer.macs,
+                weights=_count(block.model, layer.weight),
+                quantized=self.family.quantizes(layer.name),
+            )
+            for layer in find_layers(block.model.graph)
+        )
+
+    def _patterns(self, block: Block) -> list[tuple[int, dict[str, int]]]:
+        """Return for each variant of a block its bits, and those of each layer where they differ."""
+        if self.choice is None or self._options.uniform:
+            return [(bits, {}) for bits in self._options.bits]
+        found: list[tuple[int, dict[str, int]]] = []
+        for of in self.choice.variants[block.name]:
+            if not of:
+                is_float = block.name in self.family.float32_blocks
+                found.append((REFERENCE_BITS if is_float else best_fast_option(self._options.bits), {}))
+            else:
+                found.append((max(of.values()), of if len(set(of.values())) > 1 else {}))
+        return found
 
     def _variant(
         self,
         block: Block,
         layers: tuple[LayerEntry, ...],
         bits: int,
+        bits_of: Mapping[str, int],
         weights: _Weights,
         ranges: Ranges | None,
     ) -> VariantEntry:
-
-        self._progress.item(f"{block.name} at {bits} bits")
-        container = Container.FLOAT if block.name in self.family.float32_blocks else container_of(bits)
+        """Export a block with its quantized layers at ``bits``, or each at what ``bits_of`` says."""
+        quantized = [layer.name for layer in layers if layer.quantized]
+        pattern = {name: bits_of.get(name, bits) for name in quantized}
+        containers = {container_of(b) for b in pattern.values()} or {container_of(bits)}
+        if block.name in self.family.float32_blocks:
+            pattern, containers = dict.fromkeys(pattern, REFERENCE_BITS), {Container.FLOAT}
+        container = next(c for c in Container if c in containers)  # they are listed from the narrowest
         thresholds: dict[str, float] = {}
-        if container is Container.INT8:
-            if ranges is None:
-                raise QlipError(f"{bits}-bit activations need ranges", fix="give a calibration")
-            table = ranges.thresholds(bits)
-            wanted = {layer.name for layer in layers if layer.quantized}
-            if missing := wanted - set(table):
-                raise QlipError(
-                    f"the activation ranges lack {len(missing)} layers of {block.name}",
-                    found=f"no {min(missing)}",
-                    fix="run 'qlip-export calibrate' for this model",
-                )
-            thresholds = {name: table[name] for name in sorted(wanted)}
+        for option in sorted({b for b in pattern.values() if container_of(b) is Container.INT8}):
+            at_option = {n for n, b in pattern.items() if b == option}
+            thresholds |= _thresholds(ranges, option, at_option, block.name)
         stored = REFERENCE_BITS if container is Container.FLOAT else bits
-        key = content_key("variant", weights.key, self._options.granularity, block.name, stored, thresholds)
+        mixed = tuple(pattern.values()) if bits_of else None
+        name = variant_name(stored) if mixed is None else mixed_name(mixed)
+        self._progress.item(f"{block.name} {name}")
+        ports = (block.inputs, block.outputs)  # they are named after blocks, which may be fused
+        made_from = ("variant", weights.key, self._options.granularity, block.name, ports)
+        key = content_key(*made_from, stored if mixed is None else mixed, thresholds)
 
         def make(path: Path) -> None:
             model = block.model.clone()
-            if container is Container.INT8:
-                insert_qdq(model, dict.fromkeys(thresholds, bits), thresholds)
             if container is not Container.FLOAT:
-                cast_to_half(model)
+                type_variant(model, pattern, thresholds)
             bind_weights(model, block.inputs, weights.index, weights.location, weights.folder)
             _save(model, path)
 
-        path = f"onnx/{block.name}.{variant_name(stored)}.onnx"
+        path = f"onnx/{block.name}.{name}.onnx"
         self._workspace.product(path, key, make)
-        return VariantEntry(bits=bits, container=container, onnx=path)
+        return VariantEntry(bits=bits, layers=mixed, container=container, onnx=path)
 
     def _component(self, name: str, captured: _Captured, inputs: tuple[str, ...]) -> ComponentEntry:
         weights = self._weights(name, captured, inputs, 32)
@@ -280,6 +332,20 @@ class _Weights:
     location: str
     folder: Path
     key: str
+
+
+def _thresholds(ranges: Ranges | None, bits: int, layers: set[str], block: str) -> dict[str, float]:
+    """Return the clipping thresholds of layers of a block, by name."""
+    if ranges is None:
+        raise QlipError(f"{bits}-bit activations need ranges", fix="give a calibration")
+    table = ranges.thresholds(bits)
+    if missing := layers - set(table):
+        raise QlipError(
+            f"the activation ranges lack {len(missing)} layers of {block}",
+            found=f"no {min(missing)}",
+            fix="run 'qlip-export calibrate' for this model",
+        )
+    return {name: table[name] for name in sorted(layers)}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -55,17 +55,6 @@ def clip_scores(images: NDArray[np.float32], texts: NDArray[np.float32]) -> NDAr
     return scores
 
 
-def average_bits(bits: NDArray[np.integer], layers: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return FAB of each image, (N,): the mean activation bits over layers and steps (QLIP, metrics).
-
-    Args:
-        bits: (N, steps, units).
-        layers: Layers that follow the bit options in each unit, (units,).
-    """
-    averages: NDArray[np.float64] = (bits.astype(np.float64) @ layers / layers.sum()).mean(1)
-    return averages
-
-
 def bit_operations(
     bits: NDArray[np.integer],
     macs: NDArray[np.integer],

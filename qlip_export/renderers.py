@@ -18,14 +18,14 @@ from qlip_export.policy.t2q import TextToQuality
 from qlip_export.quant.ranges import Ranges
 from qlip_export.reference import quantized_weights
 from qlip_export.runtime.pipeline import TextToImage
-from qlip_export.runtime.schedule import schedule
+from qlip_export.runtime.schedule import Scheduler, layer_bits
 from qlip_export.simulate import Simulator
 
 POLICY = "policy"
 """Name of the configuration in which the bundle's policy chooses the bits."""
 
 Batch = tuple[Tensor, NDArray[np.uint8]]
-"""Images (n, H, W, 3) uint8, bits (n, steps, blocks)."""
+"""Images (n, H, W, 3) uint8, bits of the quantized layers (n, steps, layers), in the order of the chain."""
 
 
 class Renderer(ABC):
@@ -70,7 +70,8 @@ class EngineRenderer(Renderer):
             part = slice(start, start + size)
             made = self._pipeline(list(prompts[part]), latents=latents[part], guidance=guidance, bits=bits)
             images = torch.from_numpy(np.stack([np.asarray(image) for image in made.images]))
-            yield images, np.array([r["bits"] for r in made.records], dtype=np.uint8)
+            blocks = self._pipeline.chain.blocks
+            yield images, np.stack([layer_bits(blocks, [*map(tuple, r["variants"])]) for r in made.records])
 
     def seconds(
         self,
@@ -121,6 +122,7 @@ class SimulatorRenderer(Renderer):
         manifest = bundle.manifest
         ranges = manifest.quantization.ranges
         self._blocks = manifest.blocks
+        self._layers = [layer.name for block in manifest.blocks for layer in block.quantized]
         self._steps = len(manifest.sampler.steps)
         self.batch_size = manifest.shapes.batch_size
         self._device = device
@@ -132,29 +134,28 @@ class SimulatorRenderer(Renderer):
             scheduler=manifest.sampler.scheduler,
             steps=manifest.sampler.requested_steps,
         )
-        self._table = manifest.policy.table if manifest.policy else None
+        self._schedule = Scheduler(manifest.policy.table, manifest.blocks) if manifest.policy else None
         self._network = quality_network(bundle).to(device) if manifest.policy else None
 
     def schedules(self, configuration: str, prompts: Sequence[str]) -> NDArray[np.uint8]:
-        """Return the bits of every block, (N, steps, blocks) uint8, as the engines would run them."""
-        if self._table is None or self._network is None or configuration != POLICY:
-            shape = (len(prompts), self._steps, len(self._blocks))
+        """Return the bits of every quantized layer, (N, steps, layers) uint8, as the engines would run."""
+        if self._schedule is None or self._network is None or configuration != POLICY:
+            shape = (len(prompts), self._steps, len(self._layers))
             return np.full(shape, int(configuration), dtype=np.uint8)
         with torch.inference_mode():
             qualities = self._network(self.simulator.pooled(prompts)).tolist()
-        found = []
+        found: list[NDArray[np.uint8]] = []
         for start in range(0, len(prompts), self.batch_size):
             batch = qualities[start : start + self.batch_size]
-            found += [schedule(self._table, self._blocks, batch)] * len(batch)
-        return np.array(found, dtype=np.uint8)
+            found += [layer_bits(self._blocks, self._schedule(batch))] * len(batch)
+        return np.stack(found)
 
     def draw(
         self, configuration: str, prompts: Sequence[str], latents: NDArray[np.float32], guidance: float
     ) -> Iterator[Batch]:
         """See `Renderer.draw`."""
         bits = self.schedules(configuration, prompts)
-        block_of = {layer.name: i for i, block in enumerate(self._blocks) for layer in block.layers}
-        columns = [block_of[name] for name in self.simulator.layers]
+        columns = [self._layers.index(name) for name in self.simulator.layers]
         done = 0
         for images in self.simulator.generate(
             prompts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -68,6 +70,13 @@ def container_of(bits: int) -> Container:
 def variant_name(bits: int) -> str:
     """Return the name of the uniform variant of a block at ``bits``, as files and manifests spell it."""
     return f"a{bits}"
+
+
+def mixed_name(bits: Sequence[int]) -> str:
+    """Return the name of the variant whose layers have these bits: of its content, so that it never moves."""
+    if len(set(bits)) == 1:
+        return variant_name(bits[0])
+    return f"m{hashlib.sha256(bytes(bits)).hexdigest()[:8]}"
 
 
 class SamplerStep(Frozen):

@@ -12,21 +12,24 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, VariantEntry
+from qlip_export.bundle import BlockEntry, Bundle, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
 from qlip_export.parity import save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.tokenizer import PromptTokenizer
-from qlip_export.spec import REFERENCE_BITS, Container, Frozen, container_of, variant_name
+from qlip_export.spec import Container, Frozen, container_of
 from qlip_export.zoo import model_of
+
+if TYPE_CHECKING:
+    from qlip_export.checkpoint import Checkpoint
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -59,7 +62,8 @@ class BlockRow(Frozen):
     """One engine, judged on one or more steps of a real run; the worst step counts."""
 
     block: str
-    bits: int
+    bits: int = Field(description="of all quantized layers, or the highest where they differ")
+    variant: str
     reference: str
     error: float = Field(description="relative L2 error of the worst output")
     cosine: float
@@ -72,7 +76,7 @@ class BlockRow(Frozen):
 class ImageRow(Frozen):
     """The whole run against diffusers."""
 
-    bits: int
+    bits: int | None = Field(description="none: each layer's by the policy")
     reference: str
     psnr: float | None = Field(description="dB, capped at 100; none if not finite")
     least: float | None
@@ -140,7 +144,7 @@ def validate(
     steps = tuple(sorted({0, sampler_steps // 2, sampler_steps - 1}))
     progress.stage("record", sampler_steps)
     recorded = _record(pipeline, prompt, seed, steps, lambda: progress.item(""))
-    progress.stage("compare", len(bundle.manifest.blocks) * len(bundle.manifest.bits))
+    progress.stage("compare", sum(len(block.variants) for block in bundle.manifest.blocks))
     rows, commands = _compare_blocks(pipeline, recorded, progress, save)
     policy = _compare_policy(pipeline, prompt, seed)
     images, notes = _compare_images(pipeline, prompt, seed, model, progress)
@@ -184,7 +188,7 @@ def _record(
 
     pipeline.chain.step = recording  # type: ignore[method-assign]
     try:
-        pipeline(prompt, seed=seed, bits=pipeline.bundle.bits())
+        pipeline(prompt, seed=seed, bits=pipeline.bundle.bits() if pipeline.bundle.uniform else None)
     except NotFiniteError:
         pass  # an engine overflows; the activations up to here are enough to find out which
     finally:
@@ -199,19 +203,18 @@ def _compare_blocks(
     rows, commands = [], []
     values = [dict(arrays) for arrays in recorded]
     for block in bundle.manifest.blocks:
-        float32 = _Graph(bundle, block.variants[variant_name(REFERENCE_BITS)].onnx)
+        float32 = _Graph(bundle, block.reference)
         inputs = [{name: v[name] for name in block.inputs} for v in values]
         exact = [float32(arrays) for arrays in inputs]
-        for bits in bundle.manifest.bits:
-            progress.item(f"{block.name} at {bits} bits")
-            variant = block.variants[variant_name(bits)]
+        for name, variant in block.variants.items():
+            progress.item(f"{block.name} {name}")
             int8 = variant.container is Container.INT8
             graph = _Graph(bundle, variant.onnx) if int8 or save else float32
             expected = [graph(arrays) for arrays in inputs] if int8 else exact
             entry = bundle.engine(pipeline.target.entry, variant.onnx)
-            rows.append(_judge(pipeline, block, variant, entry, inputs, expected, exact))
+            rows.append(_judge(pipeline, block, name, entry, inputs, expected, exact))
             if save is not None:
-                case = f"{block.name}.{variant_name(bits)}"
+                case = f"{block.name}.{name}"
                 feeds = [graph.feeds(arrays) for arrays in inputs]
                 outputs = [graph.as_outputs(arrays) for arrays in expected]
                 onnx = bundle.file(variant.onnx)
@@ -229,13 +232,13 @@ def _compare_blocks(
 def _judge(
     pipeline: TextToImage,
     block: BlockEntry,
-    variant: VariantEntry,
+    which: str,
     entry: EngineEntry,
     inputs: list[Arrays],
     expected: list[Arrays],
     exact: list[Arrays],
 ) -> BlockRow:
-    backend = pipeline.backend
+    backend, variant = pipeline.backend, block.variants[which]
     engine = backend.load(pipeline.bundle.file(entry.path), entry)
     buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
     for name, buffer in buffers.items():
@@ -262,6 +265,7 @@ def _judge(
     return BlockRow(
         block=block.name,
         bits=variant.bits,
+        variant=which,
         reference=reference,
         error=error,
         cosine=cosine,
@@ -343,10 +347,12 @@ def _compare_images(
 
     manifest = bundle.manifest
     guidance, steps = 4.0, manifest.sampler.requested_steps
-    progress.stage("image", len(manifest.bits))
+    progress.stage("image", len(bundle.uniform) or 1)
     noise = seeded_noise(seed, manifest.shapes.latents[1:])[None]
     rows = []
-    for bits in manifest.bits:
+    if not bundle.uniform:
+        rows.append(_compare_policy_image(pipeline, checkpoint, prompt, noise, guidance))
+    for bits in bundle.uniform:
         progress.item(f"{bits} bits")
         reference = reference_pipeline(bundle, checkpoint, bits=bits)
         expected = reference_image(reference, prompt, noise, steps=steps, guidance=guidance)
@@ -367,6 +373,30 @@ def _compare_images(
             )
         )
     return rows, []
+
+
+def _compare_policy_image(
+    pipeline: TextToImage, checkpoint: Checkpoint, prompt: str, noise: NDArray[np.float32], guidance: float
+) -> ImageRow:
+    """Compare the image at the policy's bits with that of the fake-quantized model at the same bits."""
+    from PIL import Image
+
+    from qlip_export.reference import psnr
+    from qlip_export.renderers import POLICY, SimulatorRenderer
+
+    drawn = SimulatorRenderer(pipeline.bundle, checkpoint, "cpu").draw(POLICY, [prompt], noise, guidance)
+    expected = Image.fromarray(next(drawn)[0][0].numpy())
+    try:
+        found: float | None = psnr(pipeline(prompt, latents=noise, guidance=guidance).images[0], expected)
+    except NotFiniteError:
+        found = None
+    return ImageRow(
+        bits=None,
+        reference="the fake-quantized model at the policy's bits",
+        psnr=None if found is None else min(found, 100.0),
+        least=None,
+        passed=found is not None,
+    )
 
 
 def _relative(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -21,7 +21,7 @@ from qlip_export.errors import QlipError
 from qlip_export.policy.store import Quality
 from qlip_export.progress import Silent
 from qlip_export.runtime import TextToImage
-from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
+from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from tests import tamper
 from tests.conftest import STEPS, Cli, Shared, build_tiny
 from tests.tiny import BLOCKS
@@ -76,8 +76,9 @@ def test_record_tells_the_schedule_of_q(pipeline: TextToImage) -> None:
     records = pipeline(PROMPTS, seed=0).records
     blocks = pipeline.bundle.manifest.blocks
     for record in records:
-        patterns = schedule(policy_of(pipeline).table, blocks, [record["q"]])
-        assert record["bits"] == [list(pattern) for pattern in patterns]
+        patterns = Scheduler(policy_of(pipeline).table, blocks)([record["q"]])
+        assert record["variants"] == [list(pattern) for pattern in patterns]
+        assert record["bits"] == [list(map(block_bits, blocks, pattern)) for pattern in patterns]
         assert record["blocks"] == list(BLOCKS)
         assert record["fab"] == round(feature_average_bits(blocks, patterns), 4)
         assert record["engine_switches"] == engine_switches(patterns) > 0
@@ -153,8 +154,8 @@ def test_layers_decide_for_their_blocks(
     pipeline = TextToImage.load(out)
     assert len(policy_of(pipeline).table.units) == 141
     (record,) = pipeline(PROMPTS[0], seed=0).records
-    patterns = schedule(policy_of(pipeline).table, pipeline.bundle.manifest.blocks, [record["q"]])
-    assert record["bits"] == [list(pattern) for pattern in patterns]
+    patterns = Scheduler(policy_of(pipeline).table, pipeline.bundle.manifest.blocks)([record["q"]])
+    assert record["variants"] == [list(pattern) for pattern in patterns]
 
 
 # --- batches
@@ -163,7 +164,11 @@ def test_layers_decide_for_their_blocks(
 def test_a_batch_shares_the_highest_bits_and_padding_has_no_say(batched: TextToImage) -> None:
     records = batched(PROMPTS, seed=0).records
     table, blocks = policy_of(batched).table, batched.bundle.manifest.blocks
-    alone = [np.array(schedule(table, blocks, [record["q"]])) for record in records]
+    schedule = Scheduler(table, blocks)
+    alone = [
+        np.array([list(map(block_bits, blocks, pattern)) for pattern in schedule([record["q"]])])
+        for record in records
+    ]
     assert (alone[0] != alone[1]).any(), "prompts of one mind test nothing"
     together = np.maximum(alone[0], alone[1]).tolist()
     assert records[0]["bits"] == records[1]["bits"] == together

@@ -23,7 +23,6 @@ from qlip_export.features import (
     text_embeddings,
 )
 from qlip_export.metrics import (
-    average_bits,
     bit_operations,
     clip_scores,
     frechet_distance,
@@ -114,11 +113,6 @@ def test_clip_score_is_a_cosine() -> None:
     images = np.array([[1, 0], [2, 2], [0, 3]], dtype=np.float32)
     texts = np.array([[5, 0], [1, 0], [0, -1]], dtype=np.float32)
     assert clip_scores(images, texts) == pytest.approx([1, np.sqrt(0.5), -1])
-
-
-def test_average_bits_weighs_units_by_their_layers() -> None:
-    bits = np.array([[[8, 32], [16, 32]], [[8, 8], [8, 8]]], dtype=np.uint8)
-    assert average_bits(bits, np.array([3, 1])) == pytest.approx([(14 + 20) / 2, 8])
 
 
 def test_bit_operations_count_both_halves_and_the_fixed_layers() -> None:

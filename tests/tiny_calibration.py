@@ -145,6 +145,26 @@ def write_policy(
     Policy(q2b, made).save(folder, name or regular)
 
 
+def write_few_patterns(folder: Path, checkpoint: Checkpoint, *, t2q_sha256: str, name: str) -> None:
+    """Write a policy by layer that mixes 8, 16 and 32 bits in two blocks and leaves the others alone."""
+    layers = sorted(Ranges.load(folder / "ranges.json").layers)
+    write_policy(
+        folder, checkpoint, (8, 16, 32), t2q_sha256=t2q_sha256, unit="layer", units=layers, name=name
+    )
+    policy = Policy.load(folder, name)
+    q2b = policy.q2b
+    assert q2b.middle is not None and q2b.high is not None
+    for k, layer in enumerate(layers):
+        mixed = layer.startswith(("down_blocks.1.", "up_blocks.1."))
+        # Rising from 8 to 16; falling from 16 to 8; rising from 8 to 32; always 8.
+        kind = k % 3 if mixed else 3
+        q2b.slope.data[k] = (24.0, -24.0, 16.0, 0.0)[kind]
+        q2b.offset.data[k] = (0.0, 2.0, 1.0, -6.0)[kind]
+        q2b.middle.data[:, k] = -4.0
+        q2b.high.data[:, k] = torch.tensor((2.0, 4.0)) if kind == 2 else -4.0
+    policy.save(folder, name)
+
+
 def write_rounding(folder: Path, checkpoint: Checkpoint, **changes: Any) -> None:
     """Write rounding that differs from the nearest codes in one weight of ten."""
     component, generator = checkpoint.component("unet"), np.random.default_rng(0)

@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.quality.rows import Subject
 from qlip_export.calibrate.quality import predicted
-from qlip_export.prompts import read_prompts
 from qlip_export.files import write_json
+from qlip_export.prompts import read_prompts
 from qlip_export.zoo import find_model
 
 OPTIONS = (6, 8, 16)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bundles import OUT as SPEED
+from benchmarks.quality.by_layer import variants_table
 from benchmarks.quality.measure import file_name
 from benchmarks.tables import fill, table
 from qlip_export.metrics import Draws, Estimate
@@ -259,4 +260,5 @@ TABLES = {
     "richness": _richness,
     "shares": _shares,
     "grids": _grids,
+    "by-layer": variants_table,
 }

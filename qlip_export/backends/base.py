@@ -51,6 +51,7 @@ class Compiled(Frozen):
 
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    widened: bool = Field(default=False, description="computes in FP32 where the graph has FP16")
     facts: EngineFacts | None = Field(default=None, description="none: the library does not tell")
 
 

@@ -6,7 +6,7 @@ import io
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
@@ -16,6 +16,9 @@ from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, E
 from qlip_export.bundle import EngineEntry, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _TYPES: dict[DType, ov.Type] = {
     "float32": ov.Type.f32,
@@ -56,8 +59,8 @@ class OpenVINOBackend(Backend):
             containers=tuple(containers),
         )
 
-    def _properties(self, container: Container) -> dict[str, str | int]:
-        precision = "float32" if container is Container.FLOAT else self.capabilities.half
+    def _properties(self, container: Container, widened: bool) -> dict[str, str | int]:
+        precision = "float32" if container is Container.FLOAT or widened else self.capabilities.half
         properties: dict[str, str | int] = {
             "INFERENCE_PRECISION_HINT": _TYPES[precision].get_type_name(),
             "PERFORMANCE_HINT": "LATENCY",
@@ -77,6 +80,8 @@ class OpenVINOBackend(Backend):
 
         model = ir.load(onnx)
         expand_int4(model)
+        # A plugin that computes in 16 bits lowers FP32 layers too, so in their company FP16 is widened.
+        widened = container is not Container.FLOAT and _has_float_layers(model)
         with tempfile.TemporaryDirectory(prefix=".expanded-", dir=engine.parent) as folder:
             expanded = Path(folder) / "model.onnx"
             ir.save(model, expanded, external_data="model.data")
@@ -84,7 +89,7 @@ class OpenVINOBackend(Backend):
                 compiled = self._core.compile_model(
                     self._with_typed_ports(self._core.read_model(expanded)),
                     "CPU",
-                    self._properties(container),
+                    self._properties(container, widened),
                 )
             except RuntimeError as error:
                 where = locate(onnx, str(error))
@@ -93,6 +98,7 @@ class OpenVINOBackend(Backend):
         return Compiled(
             inputs=tuple(_entry(p) for p in compiled.inputs),
             outputs=tuple(_entry(p) for p in compiled.outputs),
+            widened=widened,
         )
 
     def _with_typed_ports(self, model: Any) -> Any:
@@ -111,7 +117,9 @@ class OpenVINOBackend(Backend):
         """See `Backend.load`."""
         try:
             blob = io.BytesIO(path.read_bytes())
-            return _OpenVINOEngine(self._core.import_model(blob, "CPU", self._properties(entry.container)))
+            return _OpenVINOEngine(
+                self._core.import_model(blob, "CPU", self._properties(entry.container, entry.widened))
+            )
         except RuntimeError as error:
             raise QlipError(
                 f"OpenVINO {self.capabilities.version} on {self.capabilities.device} does not load {path}",
@@ -153,6 +161,11 @@ class _OpenVINOEngine(Engine):
 
     def run(self) -> None:
         self._request.infer()
+
+
+def _has_float_layers(model: ir.Model) -> bool:
+    layers = [node for node in model.graph if node.op_type in ("Conv", "MatMul", "Gemm")]
+    return any(str(node.outputs[0].dtype) == "FLOAT" for node in layers)
 
 
 def _entry(port: Any) -> TensorEntry:

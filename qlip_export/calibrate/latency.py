@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlip_export.errors import QlipError
 from qlip_export.files import written_aside
-from qlip_export.spec import Frozen
+from qlip_export.spec import Frozen, variant_name
 
 REPEATS = 15
 
@@ -46,8 +46,8 @@ def measure_latencies(bundle: Path, path: Path) -> Latencies:
         fingerprint=manifest.model.fingerprint,
         batch_size=manifest.shapes.batch_size,
         milliseconds={
-            block: {bits: round(1000 * seconds, 4) for bits, seconds in times.items()}
-            for block, times in loaded.chain.time_blocks(manifest.bits, REPEATS).items()
+            block: {bits: round(1000 * times[variant_name(bits)], 4) for bits in loaded.bundle.uniform}
+            for block, times in loaded.chain.time_blocks(REPEATS).items()
         },
     )
     with written_aside(path) as aside:

@@ -16,7 +16,7 @@ from qlip_export.policy.graph import OPSET, policy_graph
 from qlip_export.policy.store import POLICIES, Policy, Quality, names, policy_name
 from qlip_export.policy.t2q import TextToQuality
 from qlip_export.policy.table import DecisionTable
-from qlip_export.spec import Granularity
+from qlip_export.spec import Granularity, Unit
 from qlip_export.workspace import Workspace
 
 POLICY = "onnx/policy.onnx"
@@ -89,6 +89,7 @@ def select_policy(
     *,
     bits: tuple[int, ...],
     granularity: Granularity,
+    precision: Unit,
     denoiser: str,
     text_encoder: str,
 ) -> SelectedPolicy | None:
@@ -96,11 +97,12 @@ def select_policy(
 
     Args:
         folder: Calibration results.
-        wanted: Name of a policy; ``none``; or ``auto``: of the policies that decide by block, quality and
-            bits, with all parts, the one with most options among ``bits`` (ties: the higher bits), and none
-            where the folder holds no policy or ``bits`` leave no choice.
+        wanted: Name of a policy; ``none``; or ``auto``: of the policies that decide by ``precision``, quality
+            and bits, with all parts, the one with most options among ``bits`` (ties: the higher bits), and
+            none where the folder holds no policy or ``bits`` leave no choice.
         bits: Bit options of the build.
         granularity: Where its blocks are cut.
+        precision: What has bits of its own in an engine; for layers, the policy must decide by layer.
         denoiser: Fingerprint.
         text_encoder: Fingerprint.
 
@@ -108,6 +110,13 @@ def select_policy(
         QlipError: No such policy, none that fits, or one that is truncated or was made for something else.
     """
     found = names(folder) if folder is not None else []
+    if precision == "layer" and (wanted == "none" or not found or len(bits) < 2):
+        raise QlipError(
+            "engines by layer are made for what a policy asks for, and there is none",
+            expected="a policy trained with --unit layer",
+            found="--policy none" if wanted == "none" else f"{len(found)} policies, {len(bits)} bit options",
+            fix="name a calibrated folder with --calibration, or --granularity block",
+        )
     if wanted == "none" or (wanted == "auto" and (len(bits) < 2 or not found)):
         return None
     if folder is None:
@@ -115,7 +124,7 @@ def select_policy(
             f"there is no policy {wanted!r}: this model brings no calibration",
             fix="name a calibrated folder with --calibration, or --policy none for uniform bits",
         )
-    name = _default(found, bits, folder) if wanted == "auto" else wanted
+    name = _default(found, bits, folder, precision) if wanted == "auto" else wanted
     policy = Policy.load(folder, name)
     path = folder / POLICIES / f"{name}.safetensors"
     recipe = policy.recipe
@@ -125,6 +134,13 @@ def select_policy(
             expected=f"{granularity} blocks",
             found=recipe.granularity,
             fix=f"build with --blocks {recipe.granularity}, or --policy none for uniform bits",
+        )
+    if precision == "layer" and recipe.unit != "layer":
+        raise QlipError(
+            f"{path} decides over {recipe.unit}s, and engines by layer need a decision over layers",
+            expected="a policy trained with --unit layer",
+            found=f"units {', '.join(recipe.units[:3])}...",
+            fix="name another --policy, or --granularity block",
         )
     if recipe.criterion == "length":
         raise QlipError(
@@ -142,16 +158,17 @@ def select_policy(
 
 def units_of(blocks: Sequence[BlockEntry]) -> dict[str, list[str]]:
     """Return the names of what a policy decides over, by kind of unit: ``block`` and ``layer``."""
-    layers = {block.name: [layer.name for layer in block.layers if layer.quantized] for block in blocks}
     return {
-        "block": [name for name, inside in layers.items() if inside],
-        "layer": [layer for inside in layers.values() for layer in inside],
+        "block": [name for b in blocks if b.quantized for name in (b.parts or (b.name,))],
+        "layer": [layer.name for block in blocks for layer in block.quantized],
     }
 
 
-def _default(found: list[str], bits: tuple[int, ...], folder: Path) -> str:
-    """Return the name of the policy that ``auto`` takes; a default policy is named by its options alone."""
-    options = [tuple(map(int, n.split("-"))) for n in found if re.fullmatch(r"\d+(-\d+)+", n)]
+def _default(found: list[str], bits: tuple[int, ...], folder: Path, unit: Unit) -> str:
+    """Return the name of the policy that ``auto`` takes, which says no more than options and unit."""
+    suffix = "-layer" if unit == "layer" else ""
+    regular = [match for n in found if (match := re.fullmatch(rf"(\d+(?:-\d+)+){suffix}", n))]
+    options = [tuple(map(int, match[1].split("-"))) for match in regular]
     fitting = [o for o in options if set(o) <= set(bits)]
     if not fitting:
         raise QlipError(
@@ -161,7 +178,7 @@ def _default(found: list[str], bits: tuple[int, ...], folder: Path) -> str:
             fix="build with --bits that a policy was trained for, name one with --policy, "
             "or --policy none for uniform bits",
         )
-    return policy_name(max(fitting, key=lambda o: (len(o), o)), "block", "quality", ("q", "m", "h"), "bits")
+    return policy_name(max(fitting, key=lambda o: (len(o), o)), unit, "quality", ("q", "m", "h"), "bits")
 
 
 def _save(network: TextToQuality, table: DecisionTable, batch_size: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -25,9 +26,9 @@ class Chart(Frozen):
     table: tuple[tuple[str, ...], ...] = Field(description="the same numbers, a heading first")
 
 
-def colour(bits: int, options: Sequence[int]) -> str:
+def colour(bits: float, options: Sequence[int]) -> str:
     """Return the colour of a bit option."""
-    rank = list(options).index(bits)
+    rank = bisect_left(options, bits)
     return PALETTE[round(rank * (len(PALETTE) - 1) / max(1, len(options) - 1))]
 
 
@@ -50,7 +51,7 @@ def bit_map(name: str, record: dict[str, Any], quantized: Sequence[bool], option
     ]
     figure = go.Figure(
         go.Heatmap(
-            z=[[list(options).index(bits) for bits in row] for row in rows],
+            z=[[bisect_left(options, bits) for bits in row] for row in rows],
             text=rows,
             texttemplate="%{text}" if len(steps) <= 30 and len(rows) <= 40 else None,
             hovertemplate="%{y}, step %{x}: %{text} bits<extra></extra>",

@@ -27,7 +27,7 @@ from qlip_export.progress import Progress
 from qlip_export.prompts import EMOJI_PROMPTS, GENERIC_PROMPTS, read_prompts
 from qlip_export.report.policy import PolicyStatistics, ladder_levels, statistics, word_levels
 from qlip_export.runtime import TextToImage
-from qlip_export.spec import Frozen, variant_name
+from qlip_export.spec import Frozen
 from qlip_export.zoo import EMBEDDED, ZooModel, model_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class EngineRow(Frozen):
     """One engine."""
 
     block: str
-    bits: int
+    variant: str
     container: str
     bytes: int
     milliseconds: float = Field(description="median of a call")
@@ -230,7 +230,8 @@ def _draw(
 ) -> tuple[PromptRow, ...]:
     """Draw every prompt at every configuration; these take turns, so that a disturbance meets all of them."""
     manifest = pipeline.bundle.manifest
-    uniform = [bits for bits in reversed(manifest.bits) if bits <= 16] or [min(manifest.bits)]
+    every = pipeline.bundle.uniform
+    uniform = [bits for bits in reversed(every) if bits <= 16] or list(every[:1])
     configurations: list[int | None] = [*uniform, *([None] if manifest.policy else [])]
     progress.stage("draw", len(configurations) * (len(prompts) + 1))
 
@@ -279,22 +280,21 @@ def _decisions(
 
 def _engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, ...]:
     bundle = pipeline.bundle
-    blocks, options = bundle.manifest.blocks, bundle.manifest.bits
+    blocks = bundle.manifest.blocks
     progress.stage("time", 1)
-    progress.item(f"{len(blocks) * len(options)} engines, {TIMING_REPEATS} times each")
-    times = pipeline.chain.time_blocks(options, TIMING_REPEATS)
+    progress.item(f"{sum(len(block.variants) for block in blocks)} engines, {TIMING_REPEATS} times each")
+    times = pipeline.chain.time_blocks(TIMING_REPEATS)
     rows = []
     for block in blocks:
-        for bits in options:
-            variant = block.variants[variant_name(bits)]
+        for name, variant in block.variants.items():
             engine = bundle.engine(pipeline.target.entry, variant.onnx)
             rows.append(
                 EngineRow(
                     block=block.name,
-                    bits=bits,
+                    variant=str(variant.bits) if variant.layers is None else name,
                     container=variant.container.value,
                     bytes=bundle.manifest.files[engine.path].size,
-                    milliseconds=1000 * times[block.name][bits],
+                    milliseconds=1000 * times[block.name][name],
                 )
             )
     return tuple(rows)

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from qlip_export.bundle import Manifest
 from qlip_export.errors import QlipError
-from qlip_export.runtime.chain import BitPattern
-from qlip_export.runtime.schedule import feature_average_bits, schedule
+from qlip_export.runtime.chain import Pattern
+from qlip_export.runtime.schedule import Scheduler, feature_average_bits
 from qlip_export.spec import Frozen
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -75,7 +75,8 @@ def statistics(
     Raises:
         QlipError: The bundle has no policy.
     """
-    schedules = [_schedule(manifest, [q]) for q in qualities]
+    schedule = _scheduler(manifest)
+    schedules = [schedule([q]) for q in qualities]
     return PolicyStatistics(
         prompts=len(qualities),
         source=source,
@@ -102,25 +103,26 @@ def word_levels(manifest: Manifest, prompts: Sequence[str], qualities: Sequence[
 
 
 def _level(manifest: Manifest, label: str, qualities: Sequence[float]) -> Level:
-    fab = [feature_average_bits(manifest.blocks, _schedule(manifest, [q])) for q in qualities]
+    schedule = _scheduler(manifest)
+    fab = [feature_average_bits(manifest.blocks, schedule([q])) for q in qualities]
     return Level(label=label, q=tuple(qualities), fab=tuple(fab))
 
 
-def _schedule(manifest: Manifest, qualities: Sequence[float]) -> list[BitPattern]:
+def _scheduler(manifest: Manifest) -> Scheduler:
     if manifest.policy is None:
         raise QlipError("the bundle has no policy", fix="build it with --policy auto")
-    return schedule(manifest.policy.table, manifest.blocks, qualities)
+    return Scheduler(manifest.policy.table, manifest.blocks)
 
 
-def _shares(manifest: Manifest, schedules: Sequence[Sequence[BitPattern]]) -> tuple[Share, ...]:
+def _shares(manifest: Manifest, schedules: Sequence[Sequence[Pattern]]) -> tuple[Share, ...]:
     counts = [Counter[int]() for _ in manifest.blocks]
     for patterns in schedules:
         for pattern in patterns:
-            for count, bits in zip(counts, pattern, strict=True):
-                count[bits] += 1
+            for block, count, variant in zip(manifest.blocks, counts, pattern, strict=True):
+                count.update(block.layer_bits(variant))
     found = []
     for block, count in zip(manifest.blocks, counts, strict=True):
-        if layers := sum(layer.quantized for layer in block.layers):
+        if layers := len(block.quantized):
             shares = {bits: times / count.total() for bits, times in sorted(count.items())}
             found.append(Share(block=block.name, layers=layers, shares=shares))
     return tuple(found)
@@ -128,7 +130,7 @@ def _shares(manifest: Manifest, schedules: Sequence[Sequence[BitPattern]]) -> tu
 
 def _batches(manifest: Manifest, qualities: NDArray[np.float64]) -> tuple[BatchSize, ...]:
     """Return FAB by batch size: one prompt by itself is its own batch, larger ones are drawn at random."""
-    generator = np.random.default_rng(0)
+    generator, schedule = np.random.default_rng(0), _scheduler(manifest)
     found = []
     for size in (size for size in BATCHES if size <= len(qualities)):
         batches = (
@@ -136,6 +138,6 @@ def _batches(manifest: Manifest, qualities: NDArray[np.float64]) -> tuple[BatchS
             if size == 1
             else np.stack([generator.choice(qualities, size, replace=False) for _ in range(DRAWS)])
         )
-        fab = [feature_average_bits(manifest.blocks, _schedule(manifest, list(batch))) for batch in batches]
+        fab = [feature_average_bits(manifest.blocks, schedule(list(batch))) for batch in batches]
         found.append(BatchSize(size=size, mean=sum(fab) / len(fab), least=min(fab), most=max(fab)))
     return tuple(found)

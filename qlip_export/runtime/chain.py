@@ -8,7 +8,7 @@ to them once, when they are loaded; a step then only starts engines. Where neigh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
@@ -21,8 +21,8 @@ from qlip_export.errors import QlipError
 from qlip_export.runtime.targets import Target
 from qlip_export.spec import DType, variant_name
 
-BitPattern = tuple[int, ...]
-"""Activation bits of every block, in the order of the chain."""
+Pattern = tuple[str, ...]
+"""Name of the variant that every block runs, in the order of the chain."""
 
 
 class Chain:
@@ -34,28 +34,28 @@ class Chain:
         self._bundle = bundle
         self._target = target.entry
         self._backend = target.backend
-        self._engines: dict[tuple[str, int], Engine] = {}
+        self._engines: dict[tuple[str, str], Engine] = {}
         self._buffers: dict[tuple[str, DType], Buffer] = {}
-        self._plans: dict[BitPattern, list[Callable[[], None]]] = {}
+        self._plans: dict[Pattern, list[Callable[[], None]]] = {}
         self._external = {t.name for t in bundle.manifest.inputs}
         self._held: dict[str, NDArray[np.float32]] = {}
 
-    def uniform(self, bits: int) -> BitPattern:
+    def uniform(self, bits: int) -> Pattern:
         """Return the pattern that runs every block at ``bits``."""
-        return (bits,) * len(self.blocks)
+        return (variant_name(bits),) * len(self.blocks)
 
-    def load(self, patterns: Iterable[BitPattern]) -> None:
+    def load(self, patterns: Iterable[Pattern]) -> None:
         """Load the engines that ``patterns`` need and are not loaded yet.
 
         Raises:
             QlipError: The bundle has no such variant, or an engine file is damaged.
         """
-        missing: dict[tuple[str, int], EngineEntry] = {}
+        missing: dict[tuple[str, str], EngineEntry] = {}
         patterns = list(patterns)
         for pattern in patterns:
-            for block, bits in zip(self.blocks, pattern, strict=True):
-                if (block.name, bits) not in self._engines:
-                    missing[block.name, bits] = self._engine_entry(block, bits)
+            for block, variant in zip(self.blocks, pattern, strict=True):
+                if (block.name, variant) not in self._engines:
+                    missing[block.name, variant] = self._engine_entry(block, variant)
         # Hashing and loading are single-threaded and leave the interpreter free: two at a time.
         with ThreadPoolExecutor(max_workers=2) as pool:
             loaded = pool.map(self._load, missing.values())
@@ -77,13 +77,13 @@ class Chain:
         """Return what `hold` was last given for ``name``."""
         return self._held[name]
 
-    def step(self, latents: NDArray[np.float32], timestep: float, pattern: BitPattern) -> NDArray[np.float32]:
+    def step(self, latents: NDArray[np.float32], timestep: float, pattern: Pattern) -> NDArray[np.float32]:
         """Run the denoiser once.
 
         Args:
             latents: (2N, C, H, W) float32, unconditional half first.
             timestep: As the sampler table gives it.
-            pattern: Bits of every block; its engines must be loaded.
+            pattern: Variant of every block; its engines must be loaded.
 
         Returns:
             The prediction, (2N, C, H, W) float32.
@@ -100,33 +100,39 @@ class Chain:
         result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
         return result
 
-    def time_blocks(self, options: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
-        """Return the median seconds of every block at every bit option, on whatever its inputs hold.
+    def time_blocks(self, repeats: int) -> dict[str, dict[str, float]]:
+        """Return the median seconds of every variant of every block, on whatever its inputs hold.
 
         The repeats are interleaved: what disturbs the machine for a while disturbs all of them.
         """
-        self.load([self.uniform(bits) for bits in options])
-        names = [block.name for block in self.blocks]
-        seconds: dict[tuple[str, int], list[float]] = {(name, b): [] for name in names for b in options}
+        names = [[*block.variants] for block in self.blocks]
+        most = max(map(len, names))
+        self.load(tuple(of[min(i, len(of) - 1)] for of in names) for i in range(most))
+        seconds: dict[tuple[str, str], list[float]] = {
+            (block.name, variant): [] for block in self.blocks for variant in block.variants
+        }
         for repeat in range(repeats + 1):
-            for (name, bits), found in seconds.items():
-                engine = self._engines[name, bits]
+            for key, found in seconds.items():
+                engine = self._engines[key]
                 before = time.perf_counter()
                 engine.run()
                 if repeat:  # the first warms up
                     found.append(time.perf_counter() - before)
-        return {name: {bits: median(seconds[name, bits]) for bits in options} for name in names}
+        return {
+            block.name: {variant: median(seconds[block.name, variant]) for variant in block.variants}
+            for block in self.blocks
+        }
 
-    def _engine_entry(self, block: BlockEntry, bits: int) -> EngineEntry:
-        variant = block.variants.get(variant_name(bits))
-        if variant is None:
+    def _engine_entry(self, block: BlockEntry, variant: str) -> EngineEntry:
+        entry = block.variants.get(variant)
+        if entry is None:
             raise QlipError(
-                f"block {block.name} has no {bits}-bit variant",
-                expected=" or ".join(str(v.bits) for v in block.variants.values()),
-                found=str(bits),
-                fix="build the bundle with this bit option",
+                f"block {block.name} has no variant {variant}",
+                expected=" or ".join([*block.variants][:5]),
+                found=variant,
+                fix="build the bundle with --granularity block for uniform bits",
             )
-        return self._bundle.engine(self._target, variant.onnx)
+        return self._bundle.engine(self._target, entry.onnx)
 
     def _load(self, entry: EngineEntry) -> Engine:
         return self._backend.load(self._bundle.file(entry.path), entry)
@@ -140,11 +146,11 @@ class Chain:
                     self._backend.write(self._buffers[key], self._held[port.name])
             engine.bind(port.name, self._buffers[key])
 
-    def _plan(self, pattern: BitPattern) -> list[Callable[[], None]]:
+    def _plan(self, pattern: Pattern) -> list[Callable[[], None]]:
         plan: list[Callable[[], None]] = []
         ready: dict[str, list[DType]] = {}
-        for block, bits in zip(self.blocks, pattern, strict=True):
-            entry = self._engine_entry(block, bits)
+        for block, variant in zip(self.blocks, pattern, strict=True):
+            entry = self._engine_entry(block, variant)
             for port in entry.inputs:
                 if port.name in self._external or port.dtype in ready[port.name]:
                     continue
@@ -152,7 +158,7 @@ class Chain:
                 target = self._buffers[port.name, port.dtype]
                 plan.append(_cast(self._backend, source, target))
                 ready[port.name].append(port.dtype)
-            plan.append(self._engines[block.name, bits].run)
+            plan.append(self._engines[block.name, variant].run)
             for port in entry.outputs:
                 ready[port.name] = [port.dtype]
         return plan

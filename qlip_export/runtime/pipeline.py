@@ -17,9 +17,9 @@ from qlip_export.backends.base import Buffer
 from qlip_export.bundle import Bundle, ComponentEntry, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
-from qlip_export.runtime.chain import BitPattern, Chain
+from qlip_export.runtime.chain import Chain, Pattern
 from qlip_export.runtime.sampler import Sampler, guided
-from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
+from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from qlip_export.runtime.targets import Target, choose_target
 from qlip_export.runtime.tokenizer import PromptTokenizer
 
@@ -37,9 +37,10 @@ class Generation:
         images: One PIL image for each prompt.
         records: One dictionary for each image, JSON-serialisable. `prompt`, `negative_prompt`, `seed` and
             `guidance` make it again. `q` is the predicted quality, null where bits were forced or the bundle
-            has no policy; `bits[step][block]` with the names in `blocks`, `fab` (their mean over quantized
-            layers and steps) and `engine_switches` (changes of a block's bits between consecutive steps,
-            summed) are those of the whole batch. `target` names the engines. `seconds`, of the whole batch:
+            has no policy; `bits[step][block]` (the mean of its layers where these differ) with the names in
+            `blocks`, `variants[step][block]` (which engine), `fab` (the mean over quantized layers and
+            steps) and `engine_switches` (changes of a block's engine between consecutive steps, summed) are
+            those of the whole batch. `target` names the engines. `seconds`, of the whole batch:
             `total`, `policy` (deciding the bits), `prompt_and_load`, `steps`, `decode`.
     """
 
@@ -66,6 +67,7 @@ class TextToImage:
         self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, target)
         policy = bundle.manifest.policy
         self._policy = _Component(bundle, policy, target) if policy else None
+        self._schedule = Scheduler(policy.table, bundle.manifest.blocks) if policy else None
         self._lock = threading.Lock()
 
     @classmethod
@@ -132,7 +134,8 @@ class TextToImage:
             noise = np.asarray(latents, dtype=np.float32)
             if noise.shape != shape:
                 raise QlipError("latents of the wrong shape", expected=str(shape), found=str(noise.shape))
-        self.bundle.bits(bits)  # refused before anything is loaded
+        if bits is not None or self._policy is None:
+            self.bundle.bits(bits)  # refused before anything is loaded
         result = Generation([], [])
         size = self.bundle.manifest.shapes.batch_size
         steps = len(self.bundle.manifest.sampler.steps)
@@ -231,7 +234,8 @@ class TextToImage:
                 "guidance": guidance,
                 "q": q,
                 "fab": round(feature_average_bits(self.chain.blocks, patterns), 4),
-                "bits": [list(pattern) for pattern in patterns],
+                "bits": [list(map(block_bits, self.chain.blocks, pattern)) for pattern in patterns],
+                "variants": [list(pattern) for pattern in patterns],
                 "blocks": [b.name for b in self.chain.blocks],
                 "engine_switches": engine_switches(patterns),
                 "target": self.target.name,
@@ -250,17 +254,16 @@ class TextToImage:
 
     def _decide(
         self, pooled: NDArray[np.float32], count: int, bits: int | None
-    ) -> tuple[list[float | None], list[BitPattern]]:
+    ) -> tuple[list[float | None], list[Pattern]]:
         """Return q of each of the first ``count`` prompts, none where ``bits`` are forced, and the schedule.
 
         ``pooled`` (N, C_clip) holds the embeddings of the whole batch; what pads it has no say.
         """
-        policy = self.bundle.manifest.policy
-        if bits is not None or policy is None or self._policy is None:
+        if bits is not None or self._schedule is None or self._policy is None:
             uniform = self.chain.uniform(self.bundle.bits(bits))
             return [None] * count, [uniform] * len(self.bundle.manifest.sampler.steps)
         qualities = [float(q) for q in self._policy(pooled=pooled)["quality"][:count]]
-        return [*qualities], schedule(policy.table, self.chain.blocks, qualities)
+        return [*qualities], self._schedule(qualities)
 
     def _warn_of_cuts(
         self, what: str, texts: Sequence[str], cuts: Sequence[str], warnings: list[str]

@@ -1,67 +1,106 @@
-"""The bits of every block at every step, known from the qualities of a batch before its first step."""
+"""The variant of every block at every step, known from the qualities of a batch before its first step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qlip_export.bundle import BlockEntry, best_fast_option
 from qlip_export.errors import QlipError
 from qlip_export.policy.table import DecisionTable
-from qlip_export.runtime.chain import BitPattern
+from qlip_export.runtime.chain import Pattern
+from qlip_export.spec import variant_name
+from qlip_export.variants.dispatch import Dispatch
+from qlip_export.variants.plan import units_of_blocks
 
 
-def schedule(
-    table: DecisionTable, blocks: Sequence[BlockEntry], qualities: Sequence[float]
-) -> list[BitPattern]:
-    """Look up the whole run of one batch.
+class Scheduler:
+    """Chooses the variants of a denoiser's blocks by a policy."""
 
-    Every unit gets the highest bits that any prompt of the batch asks for (QLIP, section E), and a block runs
-    at the highest bits that any of its units got. A block without a unit (the timestep embedding, which is
-    FP32 at every option) runs at `best_fast_option`, as it does in uniform runs.
+    def __init__(self, table: DecisionTable, blocks: Sequence[BlockEntry]) -> None:
+        """Prepare the lookup.
 
-    Args:
-        table: The policy's decision table.
-        blocks: The denoiser's blocks; a unit is one of them, or one of their layers.
-        qualities: q of every prompt in the batch, in (0, 1).
+        Every layer gets at least the bits that its unit asks for: a block runs the variant with the fewest
+        bits that has them. A block whose layers follow no unit (the timestep embedding, which is FP32 at
+        every option) runs at `best_fast_option`, as it does in uniform runs, or at the only one it has.
 
-    Returns:
-        One pattern for each sampling step.
+        Args:
+            table: The policy's decision table; a unit is a block, or a layer.
+            blocks: The denoiser's blocks.
 
-    Raises:
-        QlipError: No qualities, one that is not in [0, 1], or a unit that is neither block nor layer.
-    """
-    if not qualities or not all(0 <= q <= 1 for q in qualities):
-        raise QlipError("no bits for these qualities", expected="one or more in [0, 1]", found=str(qualities))
-    owner = {name: i for i, b in enumerate(blocks) for name in (b.name, *(layer.name for layer in b.layers))}
-    if strangers := [unit for unit in table.units if unit not in owner]:
-        raise QlipError(
-            "the policy decides over what the bundle does not have",
-            found=strangers[0],
-            fix="build the bundle again",
+        Raises:
+            QlipError: A unit is neither block nor layer.
+        """
+        self._table = table
+        layers = {block.name: [layer.name for layer in block.quantized] for block in blocks}
+        parts = {part: block.name for block in blocks for part in block.parts}
+        units = units_of_blocks(table, layers, parts)
+        idle = variant_name(best_fast_option(table.options))
+        self._choices: list[tuple[list[str], Dispatch | None]] = []
+        for block in blocks:
+            if all(unit is None for unit in units[block.name]):
+                self._choices.append(([idle if idle in block.variants else min(block.variants)], None))
+                continue
+            names = [*block.variants]
+            bits = np.array([block.layer_bits(name) for name in names], dtype=np.uint8)
+            dispatch = Dispatch(table, units[block.name], bits, bits.sum(axis=1, dtype=np.float64))
+            self._choices.append((names, dispatch))
+
+    def __call__(self, qualities: Sequence[float]) -> list[Pattern]:
+        """Look up the whole run of one batch.
+
+        Args:
+            qualities: q of every prompt in the batch, in (0, 1).
+
+        Returns:
+            One pattern for each sampling step.
+
+        Raises:
+            QlipError: No qualities, one that is not in [0, 1], or no variant has the bits that are needed.
+        """
+        if not qualities or not all(0 <= q <= 1 for q in qualities):
+            raise QlipError(
+                "no bits for these qualities", expected="one or more in [0, 1]", found=str(qualities)
+            )
+        known: dict[tuple[int, bool], Pattern] = {}
+        patterns = []
+        for step, group in enumerate(self._table.group_of_step):
+            key = (group, step < self._table.forced_steps)
+            if key not in known:
+                known[key] = tuple(
+                    names[dispatch.choose(qualities, step) if dispatch else 0]
+                    for names, dispatch in self._choices
+                )
+            patterns.append(known[key])
+        return patterns
+
+
+def layer_bits(blocks: Sequence[BlockEntry], patterns: Sequence[Pattern]) -> NDArray[np.uint8]:
+    """Return the bits of every quantized layer at every step, (steps, layers), in the order of the chain."""
+    known = {
+        pattern: np.array(
+            [bits for block, name in zip(blocks, pattern, strict=True) for bits in block.layer_bits(name)],
+            dtype=np.uint8,
         )
-    places = [owner[unit] for unit in table.units]
-    idle = best_fast_option(table.options)
-    known: dict[tuple[int, bool], BitPattern] = {}
-    patterns = []
-    for step, group in enumerate(table.group_of_step):
-        key = (group, step < table.forced_steps)
-        if key not in known:
-            highest = [0] * len(blocks)
-            for place, bits in zip(places, table.batch_bits(qualities, step), strict=True):
-                highest[place] = max(highest[place], bits)
-            known[key] = tuple(bits or idle for bits in highest)
-        patterns.append(known[key])
-    return patterns
+        for pattern in dict.fromkeys(patterns)
+    }
+    return np.stack([known[pattern] for pattern in patterns])
 
 
-def feature_average_bits(blocks: Sequence[BlockEntry], patterns: Sequence[BitPattern]) -> float:
+def block_bits(block: BlockEntry, variant: str) -> float:
+    """Return the bits of a block: those of all its layers, or their mean where they differ."""
+    entry = block.variants[variant]
+    return entry.bits if entry.layers is None else round(sum(entry.layers) / len(entry.layers), 2)
+
+
+def feature_average_bits(blocks: Sequence[BlockEntry], patterns: Sequence[Pattern]) -> float:
     """Return FAB: the mean activation bits over quantized layers and steps (QLIP, metrics)."""
-    layers = [sum(layer.quantized for layer in block.layers) for block in blocks]
-    total = sum(n * bits for pattern in patterns for n, bits in zip(layers, pattern, strict=True))
-    return total / (sum(layers) * len(patterns))
+    return float(layer_bits(blocks, patterns).mean())
 
 
-def engine_switches(patterns: Sequence[BitPattern]) -> int:
-    """Return how often a block runs at other bits than in the step before, summed over blocks and steps."""
+def engine_switches(patterns: Sequence[Pattern]) -> int:
+    """Return how often a block runs another variant than in the step before, over blocks and steps."""
     return sum(a != b for before, after in pairwise(patterns) for a, b in zip(before, after, strict=True))

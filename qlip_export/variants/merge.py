@@ -137,13 +137,13 @@ class Merger:
         """What is left when the cheapest pair is merged again and again, by how many are left."""
         patterns, steps = self._classes
         joins, weights = patterns.copy(), steps.copy()
-        bits = bits_of(joins)
+        bits, gone = bits_of(joins), np.zeros(len(joins), dtype=np.bool_)
         costs = np.full((len(joins), len(joins)), np.inf)
 
         def update(i: int) -> None:
             together = bits_of(np.maximum(joins[i], joins))
             row = (weights[i] + weights) * together - weights[i] * bits[i] - weights * bits
-            row[(bits == np.inf) | (np.arange(len(joins)) == i)] = np.inf
+            row[gone | (np.arange(len(joins)) == i)] = np.inf
             costs[i], costs[:, i] = row, row
 
         for i in range(len(joins)):
@@ -153,11 +153,11 @@ class Merger:
             i, j = (int(k) for k in np.unravel_index(int(costs.argmin()), costs.shape))
             joins[i] = np.maximum(joins[i], joins[j])
             weights[i] += weights[j]
-            bits[i], bits[j] = joins[i].sum(dtype=np.float64), np.inf
+            bits[i], gone[j] = joins[i].sum(dtype=np.float64), True
             costs[j], costs[:, j] = np.inf, np.inf
             update(i)
             if size <= MOST_COUNTED:
-                left[size] = joins[bits < np.inf]
+                left[size] = joins[~gone]
         return left
 
     def _added_greedily(self, count: int) -> Bits:

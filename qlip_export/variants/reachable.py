@@ -90,7 +90,7 @@ class Demand:
         return highest
 
 
-PRIOR = 1e-3
+PRIOR = 1e-6
 """Share of the weight of q that is spread evenly over [0, 1]: no q that is possible costs nothing."""
 
 

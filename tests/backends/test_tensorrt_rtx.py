@@ -153,6 +153,8 @@ def shrunk(out: Path) -> Path:
     def shrink(manifest: dict[str, Any]) -> None:
         manifest["bits"] = [8]
         manifest["blocks"] = [b for b in manifest["blocks"] if b["name"] in ("stem", "out")]
+        for block in manifest["blocks"]:
+            block["variants"] = {"a8": block["variants"]["a8"]}
 
     tamper.edit_manifest(out, shrink)
     return out

@@ -83,3 +83,72 @@ def test_blocks_of_the_denoiser(captured: ir.Model, parameters: Arrays, inputs: 
     for output, array in exact.items():
         assert found[output].dtype == np.float16
         assert relative(found[output], array) < 1e-2
+
+
+# --- layers that stay in FP32
+
+
+def chain_of_layers() -> ir.Model:
+    return graph("""
+        g (float[2, 4] x, float[4, 4] a__weight, float[4] a__bias, float[4, 4] b__weight,
+        float[4, 4] c__weight) => (float[2, 4] y, float[2, 4] kept) {
+            product = MatMul (x, a__weight)
+            biased = Add (product, a__bias)
+            kept = Relu (biased)
+            second = MatMul (kept, b__weight)
+            sum = Add (second, kept)
+            y = MatMul (sum, c__weight)
+        }
+    """)
+
+
+def types(model: ir.Model) -> dict[str, ir.DataType | None]:
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    return {str(value.name): value.dtype for value in values}
+
+
+@pytest.mark.parametrize(
+    ("float_layers", "wide", "casts"),
+    [
+        ((), (), ()),
+        # Its input is an input of the graph; what it computes is only read in FP16.
+        (("a",), ("x", "a.weight", "a.bias", "product", "biased"), ("biased.as_float16",)),
+        # Relu computes in FP32 for b, from the bias of a that is cast up; its value leaves in FP16.
+        (
+            ("b",),
+            ("b.weight", "kept.inner", "second"),
+            ("biased.as_float", "second.as_float16", "kept"),
+        ),
+        (("c",), ("c.weight", "kept.inner", "sum", "y.inner"), ("biased.as_float", "second.as_float", "y")),
+    ],
+)
+def test_what_feeds_a_float_layer_is_float_and_the_rest_half(
+    float_layers: tuple[str, ...], wide: tuple[str, ...], casts: tuple[str, ...]
+) -> None:
+    model = chain_of_layers()
+    cast_to_half(model, float_layers)
+    check(model)
+    found = types(model)
+    up = {name for name in casts if name.endswith(".as_float")}
+    assert {name for name, dtype in found.items() if dtype == FLOAT} == {*wide, *up}
+    assert {o.name: o.dtype for o in model.graph.outputs} == {"y": HALF, "kept": HALF}
+    written = {str(node.outputs[0].name) for node in model.graph if node.op_type == "Cast"}
+    assert set(casts) - {"kept"} <= written
+    rng = np.random.default_rng(0)
+    exact = {
+        v.name: rng.standard_normal(list(v.shape), dtype=np.float32) for v in chain_of_layers().graph.inputs
+    }
+    feeds = {
+        v.name: exact[v.name].astype(np.float32 if v.dtype == FLOAT else np.float16)
+        for v in model.graph.inputs
+    }
+    for name, array in run(chain_of_layers(), exact).items():
+        assert relative(run(model, feeds)[name], array) < 5e-3
+
+
+def test_all_layers_in_float_leave_only_the_ports_in_half() -> None:
+    model = chain_of_layers()
+    cast_to_half(model, ("a", "b", "c"))
+    check(model)
+    half = {name for name, dtype in types(model).items() if dtype == HALF}
+    assert half == {"y", "kept"}

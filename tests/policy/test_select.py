@@ -32,6 +32,7 @@ def select(folder: Path | None, model: Path, bits: tuple[int, ...], wanted: str 
         wanted,
         bits=bits,
         granularity="coarse",
+        precision="block",
         denoiser=checkpoint.component("unet").fingerprint,
         text_encoder=checkpoint.component("text_encoder").fingerprint,
     )

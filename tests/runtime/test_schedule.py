@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
-from qlip_export.bundle import BlockEntry, LayerEntry
+from qlip_export.bundle import BlockEntry, LayerEntry, VariantEntry
 from qlip_export.errors import QlipError
 from qlip_export.policy.table import DecisionTable, UnitChoice
-from qlip_export.runtime.schedule import engine_switches, feature_average_bits, schedule
+from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
+from qlip_export.spec import container_of
 
 
 def block(name: str, *layers: str, quantized: bool = True) -> BlockEntry:
     entries = (
         LayerEntry(name=layer, kind="conv", macs=1, weights=1, quantized=quantized) for layer in layers
     )
-    return BlockEntry(name=name, inputs=(), outputs=(), layers=tuple(entries), variants={})
+    variants = {f"a{b}": VariantEntry(bits=b, container=container_of(b), onnx="x") for b in (8, 16, 32)}
+    return BlockEntry(
+        name=name, inputs=(), outputs=(), layers=tuple(entries), reference="x", variants=variants
+    )
 
 
 BLOCKS = (block("time", "time.linear", quantized=False), block("a", "a.0", "a.1", "a.2"), block("b", "b.0"))
 RISING = UnitChoice(thresholds=(0.5,), bits=(8, 16), forced=16)
 FALLING = UnitChoice(thresholds=(0.25, 0.75), bits=(32, 16, 8), forced=8)
 LOW = UnitChoice(thresholds=(), bits=(8,), forced=8)
+
+
+def schedule(policy: DecisionTable, blocks: Sequence[BlockEntry], qualities: list[float]) -> list[Any]:
+    """Return the bits of every block at every step."""
+    patterns = Scheduler(policy, blocks)(qualities)
+    return [tuple(map(block_bits, blocks, pattern)) for pattern in patterns]
 
 
 def table(units: tuple[str, ...], *choices: tuple[UnitChoice, ...], forced_steps: int = 0) -> DecisionTable:
@@ -73,9 +86,10 @@ def test_unit_that_the_bundle_lacks_is_named() -> None:
 
 def test_fab_weighs_blocks_by_their_quantized_layers() -> None:
     # Three layers at 8 and one at 32, then four at 16; the time block has no say.
-    assert feature_average_bits(BLOCKS, [(32, 8, 32), (32, 16, 16)]) == (14 + 16) / 2
+    patterns = [("a32", "a8", "a32"), ("a32", "a16", "a16")]
+    assert feature_average_bits(BLOCKS, patterns) == (14 + 16) / 2
 
 
 def test_switches_are_counted_for_each_block() -> None:
-    assert engine_switches([(8, 8, 8)]) == 0
-    assert engine_switches([(16, 8, 8), (16, 8, 8), (16, 16, 32), (16, 8, 32)]) == 3
+    assert engine_switches([("a8", "a8")]) == 0
+    assert engine_switches([("a8", "a8"), ("a8", "a8"), ("a16", "a32"), ("a8", "a32")]) == 3

@@ -1,0 +1,92 @@
+"""What a build needs to know to choose variants: q of prompts, sizes and times of engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+
+from qlip_export.backends.base import Backend
+from qlip_export.calibrate.latency import Latencies
+from qlip_export.checkpoint import Checkpoint
+from qlip_export.files import content_key, sha256_of, write_json
+from qlip_export.policy.store import Quality
+from qlip_export.spec import WeightBits
+from qlip_export.torch_pipeline import quiet_loading, token_ids
+from qlip_export.variants.choose import Hardware
+from qlip_export.workspace import Workspace
+
+QUALITIES = "calibration/qualities.json"
+MOST_PROMPTS = 512
+"""Calibration prompts whose q is asked for, evenly spaced over all of them."""
+
+
+def prompt_qualities(
+    checkpoint: Checkpoint, quality: Quality, prompts: Sequence[str], workspace: Workspace
+) -> list[float]:
+    """Return q of calibration prompts, increasing; kept in the bundle as ``calibration/qualities.json``."""
+    spaced = prompts[:: -(-len(prompts) // MOST_PROMPTS)]
+
+    def measure(path: Path) -> JsonValue:
+        with torch.inference_mode():
+            found = quality.network(_pooled(checkpoint, spaced))
+        write_json(path, sorted(round(float(q), 6) for q in found))
+        return None
+
+    key = content_key(
+        "qualities",
+        sha256_of(Path(__file__)),
+        quality.sha256,
+        checkpoint.component("text_encoder").fingerprint,
+        list(spaced),
+    )
+    path, _ = workspace.product(QUALITIES, key, measure)
+    found: list[float] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _pooled(checkpoint: Checkpoint, prompts: Sequence[str]) -> torch.Tensor:
+    """Return the text encoder's states at the first end-of-text token, (N, C_clip) float32."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    with quiet_loading():
+        encoder = CLIPTextModel.from_pretrained(
+            checkpoint.component("text_encoder").folder, local_files_only=True
+        ).eval()
+    parts = []
+    for ids in token_ids(tokenizer, prompts, 128):
+        states = encoder(ids).last_hidden_state.float()
+        ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+        parts.append(states[torch.arange(len(ids)), ends])
+    return torch.cat(parts)
+
+
+def hardware(
+    backend: Backend | None,
+    weight_bits: WeightBits,
+    folder: Path | None,
+    denoiser: str,
+    batch_size: int,
+) -> Hardware:
+    """Return what is known of engines of ``backend``; its times, if ``latency.json`` is of this device."""
+    if backend is None:
+        return Hardware()
+    can = backend.capabilities
+    path = folder / "latency.json" if folder is not None else None
+    times = Latencies.model_validate_json(path.read_text()) if path is not None and path.is_file() else None
+    wanted = (backend.name, can.device, denoiser, batch_size)
+    fits = times is not None and wanted == (
+        times.backend,
+        times.device,
+        times.fingerprint,
+        times.batch_size,
+    )
+    return Hardware(
+        packed=can.packs_int4 and weight_bits == 4,
+        overhead=can.overhead,
+        milliseconds=times.milliseconds if fits and times is not None else {},
+    )
