@@ -65,7 +65,7 @@ def prepare(of: Subject, granularities: tuple[str, ...] = ("coarse", "whole")) -
         write_bk_sdm_tiny(Path(of.model))
     if not _has_ranges(of):
         command = [sys.executable, "-m", "benchmarks.bundles", of.shape, "--calibrate"]
-        _run([*command, "--model", of.model])
+        run_measured([*command, "--model", of.model])
     for granularity in granularities:
         build_bundle(of, granularity, of.bundle(granularity))
 
@@ -80,7 +80,7 @@ def build_bundle(of: Subject, granularity: str, out: Path) -> dict[str, Any]:
     if granularity != "coarse":
         command += ["--policy", "none"]  # the model's policy decides over coarse blocks
     started = time.monotonic()
-    output, peak = _run(command)
+    output, peak = run_measured(command)
     report: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return {**report, "wall_seconds": round(time.monotonic() - started, 1), "peak_rss_bytes": peak}
 
@@ -113,7 +113,7 @@ def _calibrate(of: Subject) -> None:
     (folder / "ranges.json").write_text(ranges.model_dump_json(indent=1), encoding="utf-8")
 
 
-def _run(command: list[str]) -> tuple[str, int]:
+def run_measured(command: list[str]) -> tuple[str, int]:
     """Run a command; return its stdout and the peak of its resident memory in bytes."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -17,7 +17,7 @@ from qlip_export.checkpoint import Checkpoint
 from qlip_export.families import Family
 from qlip_export.memory import weight_bytes
 from qlip_export.random_weights import module_of
-from qlip_export.spec import REFERENCE_BITS, Container, Frozen, Granularity, WeightBits, container_of
+from qlip_export.spec import Container, Frozen, Granularity, WeightBits, container_of
 from qlip_export.zoo import ZooModel
 
 BYTES_OF = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
@@ -31,12 +31,15 @@ EXPORT_LAYER = 2e5
 EXPORT_WEIGHT = 8
 """Bytes for each number of the largest parameter while it is put on its grid: FP32, reading, codes."""
 
-CAPTURE_SECONDS = 0.25
+COMPILE_WEIGHT = 13
+"""Bytes for each weight of the largest engine while OpenVINO compiles it: 2.9 GB for BK-SDM-Tiny."""
+
+CAPTURE_SECONDS = 0.2
 """Of a core, for each Conv2d or Linear that is captured."""
 WEIGHTS_PER_SECOND = 16e6
 """Read, put on a grid and written by a core."""
-VARIANT_SECONDS = 0.007
-"""To write a block at a bit option, for each layer."""
+COMPILED_PER_SECOND = 32e6
+"""Weights of all engines that OpenVINO compiles on a core."""
 
 _NOT_BUILT = ("encoder.down_blocks", "encoder.mid_block", "encoder.conv", "quant_conv")
 """Parts of a VAE that only read images."""
@@ -78,11 +81,13 @@ class Plan(Frozen):
     )
     engine_bytes: dict[int, int] = Field(description="by activation bits: weights in the type computed in")
     packed_engine_bytes: dict[int, int] = Field(description="the same where the backend keeps packed weights")
-    build_memory_bytes: int = Field(description="estimate of the peak of an export, without a compiler")
+    export_memory_bytes: int = Field(description="estimate of the peak of `export`")
+    build_memory_bytes: int = Field(description="estimate of the peak of `build` with OpenVINO")
     run_memory_bytes: dict[int, int] = Field(
         description="estimate by bits: engines, their parts, activations"
     )
     export_seconds: int = Field(description="estimate for one core of a server")
+    build_seconds: int = Field(description="the same, with OpenVINO's compilation")
 
 
 def plan(
@@ -117,6 +122,12 @@ def plan(
     engine_bytes = {b: _engine_bytes(seen, family, b, 32) for b in bits}
     weights = sum(components.values()) * BYTES_OF[Container.FLOAT]
     largest = max(*seen.weights.values(), *(n for found in sizes.values() for n in found))
+    exporting = int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + EXPORT_WEIGHT * largest)
+    largest_engine = max(*(b.parameters for b in seen.blocks), *components.values())
+    compiling = int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + COMPILE_WEIGHT * largest_engine)
+    everything = parameters + sum(components.values())
+    seconds = CAPTURE_SECONDS * len(seen.weights) + everything / WEIGHTS_PER_SECOND
+    compiled = parameters * len(bits) + sum(components.values())
     return Plan(
         model=model.name,
         family=family.name,
@@ -138,16 +149,14 @@ def plan(
         weight_file_bytes=_weight_file_bytes(seen, parameters, weight_bits),
         engine_bytes=engine_bytes,
         packed_engine_bytes={b: _engine_bytes(seen, family, b, weight_bits) for b in bits},
-        build_memory_bytes=int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + EXPORT_WEIGHT * largest),
+        export_memory_bytes=exporting,
+        build_memory_bytes=max(exporting, compiling),
         run_memory_bytes={
             b: size + weights + seen.activations * BYTES_OF[container_of(b)]
             for b, size in engine_bytes.items()
         },
-        export_seconds=int(
-            CAPTURE_SECONDS * len(seen.weights)
-            + (parameters + sum(components.values())) / WEIGHTS_PER_SECOND
-            + VARIANT_SECONDS * len(seen.weights) * len({*bits, REFERENCE_BITS})
-        ),
+        export_seconds=int(seconds),
+        build_seconds=int(seconds + compiled / COMPILED_PER_SECOND),
     )
 
 

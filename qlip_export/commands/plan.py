@@ -86,8 +86,8 @@ def describe(plan: Plan) -> str:
         f"weight file at {plan.weight_bits} bits: {_size(plan.weight_file_bytes)}, shared by all bit options",
         f"engines by activation bits: {engines}",
         f"  where the backend keeps packed weights: {packed}",
-        f"about {_size(plan.build_memory_bytes)} of memory to export, {plan.export_seconds:,} s of a core; "
-        "compiling comes on top",
+        f"about {_size(plan.export_memory_bytes)} and {plan.export_seconds:,} s of a core to export, "
+        f"{_size(plan.build_memory_bytes)} and {plan.build_seconds:,} s with OpenVINO's engines (memory, time of a core)",
         f"about {running} of memory to run",
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,3 +162,19 @@ def test_parameter_beyond_fp16_is_refused_by_name() -> None:
     with pytest.raises(QlipError, match=r"'norm\.weight' does not fit into FP16"):
         WeightWriter(io.BytesIO()).add_parameter("norm.weight", np.array([1.0, 7e4], dtype=np.float32))
     WeightWriter(io.BytesIO(), halves=False).add_parameter("norm.weight", np.array([7e4], dtype=np.float32))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_one_weight_is_held_at_a_time(bits: WeightBits) -> None:
+    """So the memory of an export is that of its largest weight, however many there are."""
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def read(name: str) -> np.ndarray:
+        assert [ref for ref in held if ref() is not None] == []
+        array = WEIGHTS[name].copy()
+        held.append(weakref.ref(array))
+        return array
+
+    names = list(WEIGHTS) * 3
+    write_weights(io.BytesIO(), find_layers(linear().graph), names, read, bits, round_to_nearest, len)
+    assert len(held) == len(names)
