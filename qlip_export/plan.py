@@ -17,7 +17,7 @@ from qlip_export.checkpoint import Checkpoint
 from qlip_export.families import Family
 from qlip_export.memory import weight_bytes
 from qlip_export.random_weights import module_of
-from qlip_export.spec import Container, Frozen, Granularity, WeightBits, container_of
+from qlip_export.spec import Container, Frozen, Granularity, Unit, WeightBits, container_of
 from qlip_export.zoo import ZooModel
 
 BYTES_OF = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
@@ -40,6 +40,9 @@ WEIGHTS_PER_SECOND = 16e6
 """Read, put on a grid and written by a core."""
 COMPILED_PER_SECOND = 32e6
 """Weights of all engines that OpenVINO compiles on a core."""
+
+GROUPS = 5
+"""Timestep groups of a policy, unless `calibrate` is told otherwise."""
 
 _NOT_BUILT = ("encoder.down_blocks", "encoder.mid_block", "encoder.conv", "quant_conv")
 """Parts of a VAE that only read images."""
@@ -73,7 +76,10 @@ class Plan(Frozen):
     quantized_layers: int = Field(description="K: those whose activations follow the bit options")
     macs_per_step: int = Field(description="of Conv2d and Linear, one image, no guidance")
     blocks: tuple[BlockPlan, ...]
-    engines: int = Field(description="of the denoiser at all bit options, of text encoders and VAE decoder")
+    precision: Unit
+    engines: int = Field(
+        description="of the denoiser at all bit options, of text encoders and VAE decoder; by layer at most so many"
+    )
     component_parameters: dict[str, int] = Field(description="of text encoders and VAE decoder")
     denoiser_bytes: dict[int, int] = Field(description="by weight bits: all parameters at that many bits")
     weight_file_bytes: int = Field(
@@ -97,6 +103,7 @@ def plan(
     bits: tuple[int, ...] = (8, 16, 32),
     weight_bits: WeightBits = 4,
     granularity: Granularity = "coarse",
+    precision: Unit = "block",
     batch_size: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -117,7 +124,6 @@ def plan(
         if name.startswith("text_encoder") or name == "vae"
     }
     components = {name: sum(found) for name, found in sizes.items()}
-    fp32_blocks = sum(b.name in family.float32_blocks for b in seen.blocks)
     parameters = sum(b.parameters for b in seen.blocks)
     engine_bytes = {b: _engine_bytes(seen, family, b, 32) for b in bits}
     weights = sum(components.values()) * BYTES_OF[Container.FLOAT]
@@ -143,7 +149,9 @@ def plan(
         quantized_layers=sum(map(family.quantizes, seen.weights)),
         macs_per_step=sum(b.macs for b in seen.blocks),
         blocks=seen.blocks,
-        engines=(len(seen.blocks) - fp32_blocks) * len(bits) + fp32_blocks + len(components),
+        precision=precision,
+        engines=sum(_variants(b, family, precision, seen, granularity, len(bits)) for b in seen.blocks)
+        + len(components),
         component_parameters=components,
         denoiser_bytes={b: weight_bytes(parameters, b) for b in (4, 8, 16, 32)},
         weight_file_bytes=_weight_file_bytes(seen, parameters, weight_bits),
@@ -216,6 +224,22 @@ def _run_on_meta(checkpoint: Checkpoint, family: Family, shapes: Shapes, granula
         for b in order
     )
     return _Seen(blocks=blocks, weights=weights, channels=channels, activations=activations)
+
+
+def _variants(
+    block: BlockPlan, family: Family, precision: Unit, seen: _Seen, granularity: Granularity, options: int
+) -> int:
+    """Return the number of engines of a block: one for each option, or the most that a policy can ask for.
+
+    In a timestep group a layer changes its bits at ``options - 1`` values of q at most, so a block of k layers
+    takes no more than ``1 + k (options - 1)`` patterns there.
+    """
+    if block.name in family.float32_blocks:
+        return 1
+    layers = [
+        n for n in seen.weights if family.block_of(n, granularity) == block.name and family.quantizes(n)
+    ]
+    return options if precision == "block" else max(options, GROUPS * (1 + len(layers) * (options - 1)))
 
 
 def _sizes_of(checkpoint: Checkpoint, name: str) -> list[int]:

@@ -83,6 +83,12 @@ def shared_weights(tiny_model: Path, bundle: Path) -> tuple[int, int]:
     return found.weight_file_bytes + 4 * (found.parameters - quantized), entry.size
 
 
+def test_engines_by_layer_are_bounded_by_what_a_policy_can_ask_for() -> None:
+    found = plan(*find_configs("bk-sdm-tiny"), bits=(8, 16), precision="layer")
+    # 141 layers in eight blocks, five groups: each layer changes its bits once in each.
+    assert found.engines == 5 * (141 + 8) + 1 + 2
+
+
 def test_json_holds_plain_integers(cli: Cli) -> None:
     done = cli("plan", "--model", "bk-sdm-tiny", "--bits", "8,16", "--blocks", "fine", "--json")
     assert done.code == 0, done.err

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from qlip_export.errors import QlipError
-from qlip_export.spec import Granularity, WeightBits
+from qlip_export.spec import Granularity, Unit, WeightBits
 
 if TYPE_CHECKING:
     from qlip_export.plan import Plan
@@ -20,6 +20,9 @@ def plan(
     bits: Annotated[str, typer.Option(help="Activation bit options, increasing.")] = "8,16,32",
     weight_bits: Annotated[int, typer.Option(help="Weight bits: 4, 8 or 32.")] = 4,
     blocks: Annotated[str, typer.Option(help="Where to cut: coarse, fine or whole.")] = "coarse",
+    granularity: Annotated[
+        str, typer.Option(help="Bits by block, or by layer: at most so many engines.")
+    ] = "block",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     height: Annotated[
         int | None, typer.Option(help="Height of images, pixels.", show_default="the model's own")
@@ -40,7 +43,8 @@ def plan(
     except ValueError as error:
         raise QlipError("--bits is no list of numbers", expected="e.g. 8,16,32", found=bits) from error
     wanted = _one_of(get_args(WeightBits), weight_bits, "--weight-bits")
-    granularity = _one_of(get_args(Granularity), blocks, "--blocks")
+    cut = _one_of(get_args(Granularity), blocks, "--blocks")
+    precision = _one_of(get_args(Unit), granularity, "--granularity")
     from qlip_export.plan import plan as run
     from qlip_export.zoo import find_configs
 
@@ -50,7 +54,8 @@ def plan(
         checkpoint,
         bits=options,
         weight_bits=wanted,
-        granularity=granularity,
+        granularity=cut,
+        precision=precision,
         batch_size=batch_size,
         height=height,
         width=width,
@@ -77,7 +82,7 @@ def describe(plan: Plan) -> str:
         f"denoiser: {plan.parameters:,} parameters, {plan.layers} layers, {plan.quantized_layers} of them "
         f"with activations at {'/'.join(map(str, plan.bits))} bits",
         f"a step: {plan.macs_per_step / 1e9:,.1f} GMACs in Conv2d and Linear an image{halves}",
-        f"{len(plan.blocks)} blocks, {plan.engines} engines",
+        f"{len(plan.blocks)} blocks, {'at most ' if plan.precision == 'layer' else ''}{plan.engines} engines",
         *(
             f"  {b.name:{width}} {b.layers:4} layers {b.parameters / 1e6:9,.1f} M {b.macs / 1e9:9,.1f} GMACs"
             for b in plan.blocks
@@ -86,9 +91,9 @@ def describe(plan: Plan) -> str:
         f"weight file at {plan.weight_bits} bits: {_size(plan.weight_file_bytes)}, shared by all bit options",
         f"engines by activation bits: {engines}",
         f"  where the backend keeps packed weights: {packed}",
-        f"about {_size(plan.export_memory_bytes)} and {plan.export_seconds:,} s of a core to export, "
-        f"{_size(plan.build_memory_bytes)} and {plan.build_seconds:,} s with OpenVINO's engines (memory, time of a core)",
-        f"about {running} of memory to run",
+        f"to export: about {_size(plan.export_memory_bytes)} of memory, {plan.export_seconds:,} s of a core",
+        f"with OpenVINO's engines: about {_size(plan.build_memory_bytes)}, {plan.build_seconds:,} s",
+        f"to run: about {running}",
     ]
     return "\n".join(lines)
 
