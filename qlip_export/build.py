@@ -22,6 +22,7 @@ from qlip_export.bundle import (
     ModelEntry,
     QuantizationEntry,
     ShapesEntry,
+    TargetEntry,
     TokenizerEntry,
 )
 from qlip_export.capture import Shapes, capture_tokenizer, denoiser_family, shapes_of
@@ -218,6 +219,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
             target = compile_target(manifest, backend, lambda p: workspace.root / p, workspace, progress)
             update = {"targets": {backend.name: target}, "files": workspace.files}
             manifest = manifest.model_copy(update=update)
+            _check_engine_bytes(manifest, target, options.max_engine_bytes)
         bundle = workspace.finish(manifest)
         return _report(bundle, exporter.choice, workspace, time.monotonic() - started)
 
@@ -278,6 +280,19 @@ def _chooser(
         fuse=options.fuse,
         batches=options.batch_size > 1,
     )
+
+
+def _check_engine_bytes(manifest: Manifest, target: TargetEntry, limit: int | None) -> None:
+    """Hold the engines of the denoiser to the budget; they were chosen by estimates of their size."""
+    onnx = {variant.onnx for block in manifest.blocks for variant in block.variants.values()}
+    found = sum(manifest.files[target.engines[path].path].size for path in onnx)
+    if limit is not None and found > limit:
+        raise QlipError(
+            "the engines came out larger than --max-engine-bytes",
+            expected=f"at most {limit:,} bytes",
+            found=f"{found:,} bytes of {len(onnx)} engines",
+            fix=f"--max-engine-bytes {int(limit * limit / found)}: estimates were too low by as much",
+        )
 
 
 def _needs_ranges(options: BuildOptions) -> tuple[int, ...]:

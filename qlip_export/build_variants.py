@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,7 +87,6 @@ def hardware(
         times.batch_size,
     )
     return Hardware(
-        packed=can.packs_int4 and weight_bits == 4,
-        overhead=can.overhead,
+        engine_bytes=partial(can.engine_bytes, weight_bits=weight_bits),
         milliseconds=times.milliseconds if fits and times is not None else {},
     )

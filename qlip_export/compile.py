@@ -12,16 +12,14 @@ from pathlib import Path
 from pydantic import Field, JsonValue
 
 from qlip_export.backends import get_backend
-from qlip_export.backends.base import Backend, Compiled
+from qlip_export.backends.base import Backend, Capabilities, Compiled
 from qlip_export.backends.options import CompileOptions
 from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
-from qlip_export.spec import Container, Frozen
+from qlip_export.spec import Container, Frozen, container_of
 from qlip_export.workspace import Workspace
-
-_BYTES = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
 
 
 class CompileReport(Frozen):
@@ -157,8 +155,7 @@ def compile_target(
 def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], folder: Path) -> Preflight:
     """Return what compiling ``missing`` takes; ``folder`` is on the disk that the bundle is on."""
     can = backend.capabilities
-    packed = can.packs_int4 and manifest.quantization.weight_bits == 4
-    sizes = [_engine_bytes(manifest, onnx, packed) + can.overhead for onnx in missing]
+    sizes = [_engine_bytes(manifest, onnx, can) for onnx in missing]
     return Preflight(
         backend=backend.name,
         device=can.device,
@@ -188,18 +185,14 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
     progress.note(f"{found.backend} for {found.device}: {engines}{room}")
 
 
-def _engine_bytes(manifest: Manifest, onnx: str, packed: bool) -> int:
-    """Return roughly what the engine of an ONNX file takes: its weights in the type that it computes in.
-
-    Where weights are ``packed``, engines other than INT8 ones hold them at 4 bits.
-    """
+def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:
+    """Return roughly what the engine of an ONNX file takes."""
     for block in manifest.blocks:
-        for variant in block.variants.values():
+        for name, variant in block.variants.items():
             if variant.onnx == onnx:
-                weights = sum(layer.weights for layer in block.layers)
-                narrow = packed and variant.container is not Container.INT8
-                return manifest.files[onnx].size + int(
-                    weights * (0.5 if narrow else _BYTES[variant.container])
-                )
+                bits = iter(block.layer_bits(name))
+                wide = Container.FLOAT if variant.container is Container.FLOAT else Container.HALF
+                layers = [(e, container_of(next(bits)) if e.quantized else wide) for e in block.layers]
+                return can.engine_bytes(layers, manifest.quantization.weight_bits)
     weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
-    return manifest.files[onnx].size + (weights_file.size if weights_file else 0)
+    return can.overhead + manifest.files[onnx].size + (weights_file.size if weights_file else 0)

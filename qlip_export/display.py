@@ -119,8 +119,9 @@ def print_variants(report: BuildReport) -> None:
         column.justify = "right"
     for row in report.variants:
         seconds = "not known" if row.seconds is None else f"{row.seconds:.3f}"
+        size = "not known" if row.bytes is None else f"{row.bytes / 1e6:.0f}"
         count = "all there are" if row.variants is None else f"at most {row.variants}"
-        table.add_row(count, str(row.engines), f"{row.bytes / 1e6:.0f}", f"{row.fab:.2f}", seconds)
+        table.add_row(count, str(row.engines), size, f"{row.fab:.2f}", seconds)
     console.print(table)
     assert report.chosen is not None
     count = "all" if report.chosen.variants is None else f"at most {report.chosen.variants}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,17 @@ from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
 from qlip_export.backends.options import CompileOptions, refused
-from qlip_export.bundle import EngineEntry, EngineFacts, TargetEntry, TensorEntry
+from qlip_export.bundle import EngineEntry, EngineFacts, LayerEntry, TargetEntry, TensorEntry
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, Container, DType, Frozen
 
 Buffer = Any
 """A tensor in the backend's own memory; only the backend that made it looks inside."""
+
+
+_WIDTHS = {Container.INT8: 1.0, Container.HALF: 2.0, Container.FLOAT: 4.0}
+BY_CONTAINER: dict[str, dict[Container, float]] = {"conv": _WIDTHS, "linear": _WIDTHS}
+"""Bytes of a weight that is stored in the type that its layer computes in."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Capabilities:
         containers: Containers for which the device has kernels of their own; the others run, but widened.
         options: What the compiler is told beyond its defaults, JSON.
         overhead: Bytes that an engine may take beside its weights, roughly.
+        weight_bytes: Bytes that an engine stores a weight in, by kind of layer and container.
         packs_int4: Whether engines other than INT8 ones keep 4-bit weights at 4 bits.
     """
 
@@ -43,7 +49,15 @@ class Capabilities:
     containers: tuple[Container, ...]
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     overhead: int = 0
+    weight_bytes: Mapping[str, Mapping[Container, float]] = field(default_factory=lambda: BY_CONTAINER)
     packs_int4: bool = False
+
+    def engine_bytes(self, layers: Iterable[tuple[LayerEntry, Container]], weight_bits: int) -> int:
+        """Return roughly what the engine of a block takes whose layers are carried by these containers."""
+        layers = list(layers)
+        narrow = self.packs_int4 and weight_bits == 4 and all(c is not Container.INT8 for _, c in layers)
+        each = (e.weights * (0.5 if narrow else self.weight_bytes[e.kind][c]) for e, c in layers)
+        return self.overhead + int(sum(each))
 
 
 class Compiled(Frozen):

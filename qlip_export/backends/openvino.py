@@ -57,6 +57,12 @@ class OpenVINOBackend(Backend):
             half=half,
             suffix=".blob",
             containers=tuple(containers),
+            overhead=300_000,
+            # Linear layers keep weights at 8 bits; those of convolutions are widened unless they run in INT8.
+            weight_bytes={
+                "conv": {Container.INT8: 1, Container.HALF: 4, Container.FLOAT: 4},
+                "linear": dict.fromkeys(Container, 1),
+            },
         )
 
     def _properties(self, container: Container, widened: bool) -> dict[str, str | int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,8 +20,6 @@ from qlip_export.variants.reachable import Bits, demand, edges_of
 
 SHOWN = (1, 2, 3, 5, 9)
 """Numbers of variants that a build tells of, beside its own choice and all of them."""
-
-_BYTES = {Container.INT8: 1.0, Container.HALF: 2.0, Container.FLOAT: 4.0}
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,12 @@ class Hardware:
     """What is known of the engines before they are made.
 
     Attributes:
-        packed: Whether engines without INT8 keep 4-bit weights at 4 bits.
-        overhead: Bytes of an engine beside its weights.
+        engine_bytes: Says what an engine takes whose layers are carried by these containers; none where no
+            backend is known.
         milliseconds: Measured times, block -> bits -> a call at uniform bits; none where nobody measured.
     """
 
-    packed: bool = False
-    overhead: int = 0
+    engine_bytes: Callable[[Sequence[tuple[LayerEntry, Container]]], int] | None = None
     milliseconds: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
@@ -61,7 +58,7 @@ class VariantRow(Frozen):
 
     variants: int | None = Field(description="of each block at most; none: one for all that can be asked for")
     engines: int = Field(description="of the denoiser")
-    bytes: int = Field(description="of these engines, estimated from weights and containers")
+    bytes: int | None = Field(description="of these engines, estimated; none: of no known backend")
     fab: float = Field(description="feature average bits, expected over calibration prompts")
     seconds: float | None = Field(
         description="of the denoiser for an image, expected from the times of uniform blocks; none: no times"
@@ -209,11 +206,13 @@ class _Costs:
         self.timed = all(set(table.options) <= set(known.get(name, ())) for name in blocks)
 
     def row(self, count: int, plan: VariantPlan) -> VariantRow:
-        sizes = [self._bytes(name, v) for name, variants in plan.variants.items() for v in variants]
+        sizes = None
+        if self._hardware.engine_bytes is not None:
+            sizes = [self._bytes(name, v) for name, variants in plan.variants.items() for v in variants]
         return VariantRow(
             variants=None if count == EXACT else count,
             engines=plan.engines,
-            bytes=sum(sizes),
+            bytes=None if sizes is None else sum(sizes),
             fab=round(plan.fab, 4),
             seconds=round(self._seconds(plan), 4) if self.timed else None,
         )
@@ -264,13 +263,13 @@ class _Costs:
         return sum(self._bytes(name, variant) for variant in variants)
 
     def _bytes(self, name: str, variant: Bits) -> int:
-        """Return roughly what an engine takes: each layer's weights in the type that it computes in."""
+        """Return roughly what an engine takes."""
+        assert self._hardware.engine_bytes is not None
         bits = iter(variant.tolist())
-        containers = [container_of(next(bits)) if e.quantized else Container.HALF for e in self._blocks[name]]
-        narrow = self._hardware.packed and Container.INT8 not in containers
-        each = zip(self._blocks[name], containers, strict=True)
-        weights = sum(e.weights * (0.5 if narrow else _BYTES[container]) for e, container in each)
-        return self._hardware.overhead + int(weights)
+        layers = self._blocks[name]
+        return self._hardware.engine_bytes(
+            [(e, container_of(next(bits)) if e.quantized else Container.HALF) for e in layers]
+        )
 
     def _seconds(self, plan: VariantPlan) -> float:
         """Return the seconds of a run; a layer has the share of its block's time that it has of its MACs."""

@@ -11,7 +11,7 @@ from qlip_export.bundle import BlockEntry, LayerEntry, VariantEntry
 from qlip_export.errors import QlipError
 from qlip_export.policy.table import DecisionTable, UnitChoice
 from qlip_export.runtime.schedule import Scheduler, layer_bits
-from qlip_export.spec import container_of, mixed_name
+from qlip_export.spec import Container, container_of, mixed_name
 from qlip_export.variants.choose import Choice, Chooser, Hardware, Limits
 from qlip_export.variants.fuse import fused_name, runs_of_one_mind
 from tests.variants.policies import random_table
@@ -25,6 +25,7 @@ def layer(name: str) -> LayerEntry:
 
 
 BLOCKS = {block: tuple(map(layer, names)) for block, names in NAMES.items()}
+WIDTHS = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
 TIMES = {name: {8: 1.0, 16: 2.0, 32: 4.0} for name in BLOCKS}
 
 
@@ -93,14 +94,16 @@ def test_without_batches_in_mind_a_batch_may_lack_an_engine() -> None:
 
 
 def test_engine_bytes_stay_within_the_budget_and_more_of_it_never_hurts() -> None:
-    table, hardware = random_table(8, 2, seed=3), Hardware(overhead=500)
+    table = random_table(8, 2, seed=3)
+    hardware = Hardware(engine_bytes=lambda layers: 500 + sum(e.weights * WIDTHS[c] for e, c in layers))
     least = choose(table, Limits(max_variants=1), hardware).chosen
     most = choose(table, hardware=hardware).chosen
     assert least is not None and most is not None
+    assert least.bytes is not None and most.bytes is not None
     averages = []
     for budget in np.linspace(least.bytes, most.bytes, 8).astype(int).tolist():
         found = choose(table, Limits(max_engine_bytes=budget), hardware).chosen
-        assert found is not None and found.bytes <= budget
+        assert found is not None and found.bytes is not None and found.bytes <= budget
         averages.append(found.fab)
     assert averages[0] <= least.fab
     assert averages[-1] == most.fab < averages[0]
