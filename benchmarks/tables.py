@@ -45,7 +45,7 @@ def tables(name: str) -> str:
 
 
 def _titled(record: dict[str, Any], rendered: str) -> str:
-    shape = SHAPE_NAMES[record["shape"]]
+    shape = SHAPE_NAMES[record["shape"]] if record["benchmark"] != "planning" else "synthetic shapes"
     if record["shape"] == "emoji" and not record["trained"]:
         shape += ", random weights of the same architecture"
     quick = ", a quick run" if record["quick"] else ""
@@ -158,4 +158,33 @@ def _build(result: dict[str, Any]) -> str:
     )
 
 
-RENDERERS = {"chain": _chain, "images": _images, "startup": _startup, "build": _build}
+def _planning(result: dict[str, Any]) -> str:
+    seconds, size = result["seconds_target"], result["bytes_target"]
+    rows = []
+    for row in result["rows"]:
+        met = row["cpu_seconds"] < seconds and row["peak_rss_bytes"] < size
+        rows.append(
+            [
+                row["shape"],
+                f"{row['layers']} in {row['blocks']}",
+                str(row["patterns"]),
+                f"{row['enumerate_seconds']:.2f} s",
+                f"{row['merge_seconds']:.2f} s",
+                f"{row['plan_seconds']:.2f} s",
+                f"{row['cpu_seconds']:.2f} s",
+                f"{row['peak_rss_bytes'] / 1e6:.0f} MB",
+                _verdict(met),
+            ]
+        )
+    head = ["", "layers in blocks", "reachable patterns", "enumerate", "merge", "dispatch"]
+    target = f"CPU time of all; target {seconds} s"
+    return table([*head, target, f"peak memory; target {size / 1e6:.0f} MB", ""], rows)
+
+
+RENDERERS = {
+    "chain": _chain,
+    "images": _images,
+    "startup": _startup,
+    "build": _build,
+    "planning": _planning,
+}
