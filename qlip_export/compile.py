@@ -193,6 +193,7 @@ def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:
                 bits = iter(block.layer_bits(name))
                 wide = Container.FLOAT if variant.container is Container.FLOAT else Container.HALF
                 layers = [(e, container_of(next(bits)) if e.quantized else wide) for e in block.layers]
-                return can.engine_bytes(layers, manifest.quantization.weight_bits)
+                size = can.engine_bytes(layers, manifest.quantization.weight_bits)
+                return manifest.files[onnx].size + size
     weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
     return can.overhead + manifest.files[onnx].size + (weights_file.size if weights_file else 0)
