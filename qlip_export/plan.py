@@ -78,7 +78,7 @@ class Plan(Frozen):
     blocks: tuple[BlockPlan, ...]
     precision: Unit
     engines: int = Field(
-        description="of the denoiser at all bit options, of text encoders and VAE decoder; by layer at most so many"
+        description="of the denoiser, of text encoders and VAE decoder; by layer at most so many"
     )
     component_parameters: dict[str, int] = Field(description="of text encoders and VAE decoder")
     denoiser_bytes: dict[int, int] = Field(description="by weight bits: all parameters at that many bits")
@@ -231,15 +231,15 @@ def _variants(
 ) -> int:
     """Return the number of engines of a block: one for each option, or the most that a policy can ask for.
 
-    In a timestep group a layer changes its bits at ``options - 1`` values of q at most, so a block of k layers
-    takes no more than ``1 + k (options - 1)`` patterns there.
+    In a timestep group a layer changes its bits at ``options - 1`` values of q at most, so a block of k
+    layers takes no more than ``1 + k (options - 1)`` patterns there.
     """
     if block.name in family.float32_blocks:
         return 1
-    layers = [
-        n for n in seen.weights if family.block_of(n, granularity) == block.name and family.quantizes(n)
-    ]
-    return options if precision == "block" else max(options, GROUPS * (1 + len(layers) * (options - 1)))
+    if precision == "block":
+        return options
+    own = (name for name in seen.weights if family.block_of(name, granularity) == block.name)
+    return GROUPS * (1 + sum(map(family.quantizes, own)) * (options - 1))
 
 
 def _sizes_of(checkpoint: Checkpoint, name: str) -> list[int]:
