@@ -59,6 +59,8 @@ def test_name_of_the_zoo_is_downloaded_from_its_repository(
         ("someone/their-model", None),
     ]
     assert [any("safetensors" in p for p in a[2]) for a in asked] == [True, True, False]
+    # diffusers loads it beside the parts that we read.
+    assert all("feature_extractor/*" in a[2] for a in asked)
     assert not any(".bin" in p or ".ckpt" in p for a in asked for p in a[2])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qlip_export.errors import QlipError
 
-CONFIG_FILES = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*")
+CONFIG_FILES = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*", "feature_extractor/*")
 WEIGHT_FILES = ("*/*.safetensors", "*/*.safetensors.index.json")
 DUPLICATES = ("*.fp16.*", "*.non_ema.*", "safety_checker/*", "vae_1_0/*", "vae_encoder/*", "vae_decoder/*")
 """The same weights once more, and parts that no build reads."""
