@@ -23,16 +23,15 @@ from qlip_export.bundle import (
     QuantizationEntry,
     ShapesEntry,
     TargetEntry,
-    TokenizerEntry,
 )
-from qlip_export.capture import Shapes, capture_tokenizer, denoiser_family, shapes_of
+from qlip_export.capture import Shapes, denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint, read_json
 from qlip_export.compile import compile_target
 from qlip_export.errors import QlipError
 from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
-from qlip_export.families import Family
 from qlip_export.files import content_key, sha256_of
 from qlip_export.lora import LoraRef
+from qlip_export.pipelines import Pipeline, pipeline_of
 from qlip_export.policy.select import SelectedPolicy, select_policy
 from qlip_export.progress import Progress
 from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
@@ -46,9 +45,6 @@ from qlip_export.zoo import ZooModel, find_model
 
 RANGES = "calibration/ranges.json"
 WEIGHTS = "weights.safetensors"
-
-RUNTIME_INPUTS = ("latents", "timestep", "text")
-"""What the run time gives to a denoiser."""
 
 
 class BuildOptions(Frozen):
@@ -67,7 +63,7 @@ class BuildOptions(Frozen):
     random_weights: bool = False
     seed: int = Field(default=0, ge=0, description="of random weights")
     steps: int = Field(default=25, ge=1, le=1000)
-    scheduler: str = "dpmsolver++"
+    scheduler: str | None = Field(default=None, description="the family's own if absent")
     calibration: Path | None = None
     policy: str = "auto"
     weights: Literal["auto", "nearest"] = "auto"
@@ -157,15 +153,16 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
         random_weights=options.seed if options.random_weights else None,
         lora=options.lora,
     )
-    _require_runnable(denoiser_family(checkpoint))
     backend = get_backend(backend_name) if backend_name is not None else None
-    sampler = _sampler(checkpoint, options)
+    family = denoiser_family(checkpoint)
+    pipeline = pipeline_of(family.name)
     shapes = shapes_of(checkpoint, batch_size=options.batch_size, height=options.height, width=options.width)
-    for component in (denoiser_family(checkpoint).denoiser_folder, "text_encoder", "vae"):
+    sampler = _sampler(checkpoint, pipeline, options, shapes)
+    for component in (family.denoiser_folder, *(e.name for e in pipeline.text_encoders), "vae"):
         checkpoint.component(component).require_weights()
     # What is shipped was learned on the model's own weights.
     folder = options.calibration or (None if options.random_weights or options.lora else model.calibration)
-    denoiser = checkpoint.component(denoiser_family(checkpoint).denoiser_folder).fingerprint
+    denoiser = checkpoint.component(family.denoiser_folder).fingerprint
     shipped = _shipped_ranges(folder, denoiser, options)
     weights = _weight_method(folder, denoiser, options)
     policy = select_policy(
@@ -175,7 +172,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
         granularity=options.granularity,
         precision=options.precision,
         denoiser=denoiser,
-        text_encoder=checkpoint.component("text_encoder").fingerprint,
+        text_encoder=checkpoint.component(pipeline.quality_encoder).fingerprint,
     )
     check_replaceable(out)
     with Workspace.open(
@@ -201,7 +198,6 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
         if policy is not None:
             entry = policy.export(exported.blocks, len(sampler.steps), options.batch_size, workspace)
             exported = exported.model_copy(update={"policy": entry})
-        tokenizer = _tokenizer(checkpoint, workspace)
         manifest = _manifest(
             options,
             model,
@@ -210,7 +206,6 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
             shapes,
             exported,
             sampler,
-            tokenizer,
             weights,
             ranges is not None,
             workspace,
@@ -224,26 +219,15 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
         return _report(bundle, exporter.choice, workspace, time.monotonic() - started)
 
 
-def _require_runnable(family: Family) -> None:
-    """Refuse what the run time cannot feed.
-
-    Raises:
-        QlipError: The denoiser takes more than latents, timestep and text.
-    """
-    if extra := [name for name in family.input_names if name not in RUNTIME_INPUTS]:
-        raise QlipError(
-            f"bundles of the family {family.name} cannot be run yet",
-            expected=f"a denoiser that takes {', '.join(RUNTIME_INPUTS)}",
-            found=f"{', '.join(extra)} as well",
-            fix="use a model of the Stable Diffusion 1.x family",
-        )
-
-
-def _sampler(checkpoint: Checkpoint, options: BuildOptions) -> SamplerTable:
-    config = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
-    return probe_scheduler(
-        scheduler_from_config(options.scheduler, config), options.steps, name=options.scheduler
+def _sampler(
+    checkpoint: Checkpoint, pipeline: Pipeline, options: BuildOptions, shapes: Shapes
+) -> SamplerTable:
+    name = options.scheduler or pipeline.scheduler
+    scheduler = scheduler_from_config(
+        name, read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
     )
+    arguments = pipeline.timesteps(scheduler.config, options.steps, shapes.size)
+    return probe_scheduler(scheduler, options.steps, name=name, timesteps=arguments)
 
 
 def _chooser(
@@ -373,7 +357,7 @@ def _ranges(
         path, _ = workspace.product(RANGES, content_key("assumed ranges", assumed), assume)
         return Ranges.load(path)
 
-    steps = min(options.steps, 10)
+    steps, name = min(options.steps, 10), options.scheduler or exporter.pipeline.scheduler
     prompts = list(GENERIC_PROMPTS)
 
     def measure(path: Path) -> JsonValue:
@@ -382,32 +366,29 @@ def _ranges(
         )
         progress.stage("calibrate", len(prompts) * steps)
         found = measure_ranges(
-            checkpoint, prompts, steps=steps, scheduler=options.scheduler, on_step=lambda: progress.item("")
+            checkpoint,
+            prompts,
+            steps=steps,
+            scheduler=name,
+            height=options.height,
+            width=options.width,
+            on_step=lambda: progress.item(""),
         )
         path.write_text(found.model_dump_json(indent=1), encoding="utf-8")
         return None
 
     fingerprint = checkpoint.component(exporter.family.denoiser_folder).fingerprint
-    text_encoder = checkpoint.component("text_encoder").fingerprint
+    encoders = [checkpoint.component(e.name).fingerprint for e in exporter.pipeline.text_encoders]
     scheduler = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
     package = Path(__file__).parent
     code = [
-        sha256_of(package / file) for file in ("calibrate/ranges.py", "quant/ranges.py", "torch_pipeline.py")
+        sha256_of(package / file)
+        for file in ("calibrate/ranges.py", "quant/ranges.py", "torch_pipeline.py", "pipelines.py")
     ]
-    key = content_key("ranges", code, fingerprint, text_encoder, scheduler, prompts, steps, options.scheduler)
+    size = (options.height, options.width)
+    key = content_key("ranges", code, fingerprint, encoders, scheduler, prompts, steps, name, size)
     path, _ = workspace.product(RANGES, key, measure)
     return Ranges.load(path)
-
-
-def _tokenizer(checkpoint: Checkpoint, workspace: Workspace) -> TokenizerEntry:
-    captured = capture_tokenizer(checkpoint)
-
-    def write(path: Path) -> JsonValue:
-        path.write_text(captured.json, encoding="utf-8")
-        return None
-
-    workspace.product("tokenizer.json", content_key("tokenizer", captured.json), write)
-    return TokenizerEntry(path="tokenizer.json", max_length=captured.max_length, pad_id=captured.pad_id)
 
 
 def _manifest(
@@ -418,7 +399,6 @@ def _manifest(
     shapes: Shapes,
     exported: Exported,
     sampler: SamplerTable,
-    tokenizer: TokenizerEntry,
     weights: WeightMethod,
     calibrated: bool,
     workspace: Workspace,
@@ -448,15 +428,16 @@ def _manifest(
             batch_size=shapes.batch_size,
             latents=shapes.latents,
             image=(shapes.image_height, shapes.image_width),
-            text_length=shapes.text_length,
         ),
         inputs=exported.inputs,
+        conditioning=exporter.pipeline.inputs(shapes.size),
+        guidance=exporter.pipeline.guidance(checkpoint.index),
         blocks=exported.blocks,
-        text_encoder=exported.text_encoder,
+        text_encoders=exported.text_encoders,
+        quality_encoder=exporter.pipeline.quality_encoder,
         vae_decoder=exported.vae_decoder,
         policy=exported.policy,
         sampler=sampler,
-        tokenizer=tokenizer,
         targets={},
         versions={
             "python": platform.python_version(),

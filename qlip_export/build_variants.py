@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from pydantic import JsonValue
 
 from qlip_export.backends.base import Backend
 from qlip_export.calibrate.latency import Latencies
+from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.files import content_key, sha256_of, write_json
+from qlip_export.pipelines import TextEncoder, pipeline_of
 from qlip_export.policy.store import Quality
 from qlip_export.spec import WeightBits
+from qlip_export.text_encoders import encode
 from qlip_export.torch_pipeline import quiet_loading, token_ids
 from qlip_export.variants.choose import Hardware
 from qlip_export.workspace import Workspace
@@ -41,7 +45,7 @@ def prompt_qualities(
         "qualities",
         sha256_of(Path(__file__)),
         quality.sha256,
-        checkpoint.component("text_encoder").fingerprint,
+        checkpoint.component(_encoder(checkpoint).name).fingerprint,
         list(spaced),
     )
     path, _ = workspace.product(QUALITIES, key, measure)
@@ -50,20 +54,21 @@ def prompt_qualities(
 
 
 def _pooled(checkpoint: Checkpoint, prompts: Sequence[str]) -> torch.Tensor:
-    """Return the text encoder's states at the first end-of-text token, (N, C_clip) float32."""
+    """Return the pooled embeddings that T2Q reads, (N, C_clip) float32."""
     from transformers import AutoTokenizer, CLIPTextModel
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    only = replace(_encoder(checkpoint), outputs=("pooled",))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder_of(only.tokenizer), local_files_only=True)
     with quiet_loading():
-        encoder = CLIPTextModel.from_pretrained(
-            checkpoint.component("text_encoder").folder, local_files_only=True
+        module = CLIPTextModel.from_pretrained(
+            checkpoint.component(only.name).folder, local_files_only=True
         ).eval()
-    parts = []
-    for ids in token_ids(tokenizer, prompts, 128):
-        states = encoder(ids).last_hidden_state.float()
-        ends = (ids == tokenizer.eos_token_id).int().argmax(1)
-        parts.append(states[torch.arange(len(ids)), ends])
+    parts = [encode(module, ids, only)["pooled"].float() for ids in token_ids(tokenizer, prompts, 128)]
     return torch.cat(parts)
+
+
+def _encoder(checkpoint: Checkpoint) -> TextEncoder:
+    return pipeline_of(denoiser_family(checkpoint).name).quality
 
 
 def hardware(

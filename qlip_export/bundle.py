@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
+from qlip_export.conditioning import Encoded, Guidance, Recipe
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 from qlip_export.policy.table import DecisionTable
@@ -148,6 +150,21 @@ class ComponentEntry(Frozen):
     onnx: BundlePath
 
 
+class TokenizerEntry(Frozen):
+    """The prompt's way to token ids."""
+
+    path: BundlePath
+    max_length: int
+    pad_id: int
+
+
+class TextEncoderEntry(ComponentEntry):
+    """A text encoder and its tokenizer."""
+
+    name: str
+    tokenizer: TokenizerEntry
+
+
 class PolicyEntry(ComponentEntry):
     """The trained policy: chooses the bits of every unit at every step from the prompt.
 
@@ -172,7 +189,7 @@ class Exported(Frozen):
 
     inputs: tuple[TensorEntry, ...]
     blocks: tuple[BlockEntry, ...]
-    text_encoder: ComponentEntry
+    text_encoders: tuple[TextEncoderEntry, ...]
     vae_decoder: ComponentEntry
     policy: PolicyEntry | None
     parameters: int = Field(description="of the denoiser")
@@ -199,15 +216,6 @@ class ShapesEntry(Frozen):
     batch_size: int = Field(ge=1)
     latents: tuple[int, int, int, int]
     image: tuple[int, int] = Field(description="height, width")
-    text_length: int
-
-
-class TokenizerEntry(Frozen):
-    """The prompt's way to token ids."""
-
-    path: BundlePath
-    max_length: int
-    pad_id: int
 
 
 class QuantizationEntry(Frozen):
@@ -229,13 +237,17 @@ class Manifest(Frozen):
     precision: Unit = Field(description="what has bits of its own in an engine: the block, or each layer")
     quantization: QuantizationEntry
     shapes: ShapesEntry
-    inputs: tuple[TensorEntry, ...] = Field(description="the denoiser's own inputs: latents, timestep, text")
+    inputs: tuple[TensorEntry, ...] = Field(description="the denoiser's own: latents, timestep, conditioning")
+    conditioning: dict[str, Recipe] = Field(
+        description="how each input comes about, but latents and timestep"
+    )
+    guidance: Guidance
     blocks: tuple[BlockEntry, ...]
-    text_encoder: ComponentEntry
+    text_encoders: tuple[TextEncoderEntry, ...]
+    quality_encoder: str = Field(description="whose pooled embedding the policy reads")
     vae_decoder: ComponentEntry
     policy: PolicyEntry | None = Field(description="none: every run is at uniform bits")
     sampler: SamplerTable
-    tokenizer: TokenizerEntry
     targets: dict[str, TargetEntry] = Field(description="by name; none: the bundle has to be compiled")
     versions: dict[str, str]
     files: dict[BundlePath, FileEntry]
@@ -252,11 +264,26 @@ class Manifest(Frozen):
                 raise ValueError(f"the policy chooses among {table.options}, not {self.bits}")
         return self
 
+    @model_validator(mode="after")
+    def _conditioning_is_whole(self) -> Manifest:
+        wanted = {tensor.name for tensor in self.inputs} - {"latents", "timestep"}
+        if wanted != set(self.conditioning):
+            raise ValueError(f"the denoiser takes {sorted(wanted)}, not {sorted(self.conditioning)}")
+        named = {self.quality_encoder}
+        named.update(*(r.encoders for r in self.conditioning.values() if isinstance(r, Encoded)))
+        if unknown := named - {encoder.name for encoder in self.text_encoders}:
+            raise ValueError(f"there is no text encoder {min(unknown)!r}")
+        return self
+
+    def text_encoder(self, name: str) -> TextEncoderEntry:
+        """Return a text encoder by its name."""
+        return next(encoder for encoder in self.text_encoders if encoder.name == name)
+
     @property
     def containers(self) -> dict[str, Container]:
         """The ONNX files that a target compiles, and the container of each."""
         variants = [v for block in self.blocks for v in block.variants.values()]
-        parts = [part for part in (self.text_encoder, self.vae_decoder, self.policy) if part is not None]
+        parts = [*self.text_encoders, self.vae_decoder, *([self.policy] if self.policy else [])]
         return {v.onnx: v.container for v in variants} | {p.onnx: Container.FLOAT for p in parts}
 
     @property
@@ -408,6 +435,26 @@ class Bundle:
                 fix=f"qlip-export build --bits {','.join(map(str, sorted({*options, requested})))} ...",
             )
         return requested
+
+    def guidance(self, requested: float | None = None) -> float:
+        """Return the guidance scale of a run: the requested one, else the model's own.
+
+        Raises:
+            QlipError: Not finite, or the model has no such scale.
+        """
+        own = self.manifest.guidance
+        if requested is None:
+            return own.scale
+        if not isfinite(requested):
+            raise QlipError("the guidance scale is not finite", expected="a number", found=str(requested))
+        if own.kind == "none" and requested != own.scale:
+            raise QlipError(
+                f"{self.manifest.model.name} takes no guidance scale",
+                expected="none: guidance was distilled into its denoiser at one scale",
+                found=str(requested),
+                fix="leave --guidance away",
+            )
+        return float(requested)
 
 
 class _Versioned(Frozen, extra="ignore"):

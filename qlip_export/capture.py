@@ -8,7 +8,6 @@ at a time, straight from the safetensors shards (`qlip_export.graph.weights.bind
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.families import DenoiserInput, Dimension, Family, family_of
+from qlip_export.pipelines import Decoding, Size, pipeline_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,6 +56,11 @@ class Shapes:
     def latents(self) -> tuple[int, int, int, int]:
         """Shape of the latents of one batch of images, (N, C, H, W)."""
         return (self.batch_size, self.latent_channels, self.latent_height, self.latent_width)
+
+    @property
+    def size(self) -> Size:
+        """Of an image and of its latents."""
+        return Size((self.image_height, self.image_width), (self.latent_height, self.latent_width))
 
     def of(self, value: DenoiserInput) -> tuple[int, ...]:
         """Return the shape of an input of the denoiser."""
@@ -133,7 +138,7 @@ def _dimension(checkpoint: Checkpoint, name: str, wanted: Dimension) -> int:
     return value
 
 
-class _Denoiser(torch.nn.Module):
+class CallableDenoiser(torch.nn.Module):
     """The denoiser as the graph of every family is called: latents (N, C, H, W) in and out."""
 
     def __init__(self, module: torch.nn.Module, family: Family, shapes: Shapes) -> None:
@@ -154,6 +159,7 @@ class _Denoiser(torch.nn.Module):
             setattr(module, family.position_embedding, _Constant(embedded))
 
     def forward(self, *inputs: Any) -> Any:
+        """Return the prediction, (N, C, H, W), for the family's inputs in order."""
         arguments: dict[str, Any] = {name: getattr(self, name) for name in self.family.position_ids}
         for wanted, value in zip(self.family.inputs, inputs, strict=True):
             if wanted.name == "latents":
@@ -198,26 +204,13 @@ class _Constant(torch.nn.Module):
         return tuple(self.buffers())
 
 
-class _TextEncoder(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, input_ids: Any) -> Any:
-        out = self.module(input_ids=input_ids)
-        # Pooled *before* the projection: T2Q's first linear is the projection itself (QLIP, table S5).
-        return out.last_hidden_state, out.pooler_output
-
-
 class _VaeDecoder(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module, scaling_factor: float) -> None:
+    def __init__(self, module: torch.nn.Module, decoding: Decoding) -> None:
         super().__init__()
-        self.module = module
-        self.scaling_factor = scaling_factor
+        self.module, self.decoding = module, decoding
 
     def forward(self, latents: Any) -> Any:
-        # StableDiffusionPipeline ignores shift_factor; what it ignores, parity must ignore as well.
-        return self.module.decode(latents / self.scaling_factor, return_dict=False)[0]
+        return self.module.decode(unscaled(latents, self.decoding), return_dict=False)[0]
 
 
 def make_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> torch.nn.Module:
@@ -226,7 +219,7 @@ def make_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> torch.nn.Module:
 
     family = denoiser_family(checkpoint)
     config = checkpoint.component(family.denoiser_folder).config
-    return _Denoiser(getattr(diffusers, family.denoiser_class).from_config(config), family, shapes)
+    return CallableDenoiser(getattr(diffusers, family.denoiser_class).from_config(config), family, shapes)
 
 
 def capture_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
@@ -241,29 +234,19 @@ def capture_denoiser(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
         denoiser = make_denoiser(checkpoint, shapes)
         return denoiser, tuple(torch.zeros(shapes.of(i)) for i in family.inputs)
 
-    return _export(make, family.input_names, ("noise",))
+    return export_graph(make, family.input_names, ("noise",))
 
 
-def capture_text_encoder(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
-    """Return the text encoder's graph.
+def unscaled(latents: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """Return latents (N, C, H, W) as the VAE wants them."""
 
-    Input: input_ids (2N, L) int64. Outputs: text (2N, L, D) and pooled (2N, D) before projection, float32.
-    """
-    component = checkpoint.component("text_encoder")
-    class_name = checkpoint.class_of("text_encoder")
+    def by_channel(numbers: tuple[float, ...]) -> torch.Tensor | float:
+        if len(numbers) == 1:
+            return numbers[0]
+        return torch.tensor(numbers, device=latents.device).view(1, -1, 1, 1)
 
-    def make() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-        transformers = importlib.import_module("transformers")
-        if class_name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            raise QlipError("the text encoder cannot be captured", expected="CLIPTextModel", found=class_name)
-        config = transformers.CLIPTextConfig.from_dict(component.config)
-        config._attn_implementation = "sdpa"
-        module = transformers.CLIPTextModel(config)
-        return _TextEncoder(module), (
-            torch.zeros(shapes.denoiser_batch, shapes.text_length, dtype=torch.int64),
-        )
-
-    return _export(make, ("input_ids",), ("text", "pooled"))
+    wide: torch.Tensor = latents / by_channel(decoding.divisor)
+    return wide + by_channel(decoding.shift) if any(decoding.shift) else wide
 
 
 def capture_vae_decoder(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
@@ -274,36 +257,14 @@ def capture_vae_decoder(checkpoint: Checkpoint, shapes: Shapes) -> ir.Model:
     import diffusers
 
     config = checkpoint.component("vae").config
+    decoding_of = pipeline_of(denoiser_family(checkpoint).name).decoding
 
     def make() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
         vae = diffusers.AutoencoderKL.from_config(config)
         # Not from the file: older configs leave it to the class's default.
-        return _VaeDecoder(vae, float(vae.config.scaling_factor)), (torch.zeros(shapes.latents),)
+        return _VaeDecoder(vae, decoding_of(vae.config)), (torch.zeros(shapes.latents),)
 
-    return _export(make, ("latents",), ("image",))
-
-
-@dataclass(frozen=True)
-class CapturedTokenizer:
-    """A tokenizer as the `tokenizers` library reads it, and how prompts are padded."""
-
-    json: str
-    max_length: int
-    pad_id: int
-
-
-def capture_tokenizer(checkpoint: Checkpoint) -> CapturedTokenizer:
-    """Return the model's tokenizer; one that has only vocabulary and merges is converted."""
-    import transformers
-
-    folder = checkpoint.folder_of("tokenizer")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    longest = int(checkpoint.component("text_encoder").config["max_position_embeddings"])
-    return CapturedTokenizer(
-        json=tokenizer.backend_tokenizer.to_str(),
-        max_length=min(int(tokenizer.model_max_length), longest),
-        pad_id=int(tokenizer.pad_token_id),
-    )
+    return export_graph(make, ("latents",), ("image",))
 
 
 def _without_weights(make: Callable[[], tuple[torch.nn.Module, tuple[torch.Tensor, ...]]]) -> Any:
@@ -330,14 +291,24 @@ def _uninitialised() -> Iterator[None]:
 
 
 def _materialise_fake(module: torch.nn.Module) -> None:
-    """Replace meta parameters by fake CPU tensors, so that they trace beside real buffers and inputs."""
+    """Replace meta parameters by fake CPU tensors, so that they trace beside real buffers and inputs.
+
+    Parameters that are shared stay shared.
+    """
+    fakes: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=torch.float32)
-            part.register_parameter(name, torch.nn.Parameter(fake, requires_grad=False))
+            if parameter not in fakes:
+                fake = torch.empty(parameter.shape, dtype=torch.float32)
+                fakes[parameter] = torch.nn.Parameter(fake, requires_grad=False)
+            part.register_parameter(name, fakes[parameter])
 
 
-def _export(make: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> ir.Model:
+def export_graph(make: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> ir.Model:
+    """Return the graph of the module that ``make`` builds from a config, with the arguments it gives.
+
+    The parameters of the module's child ``module`` become graph inputs under their own names.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from qlip_export.graph.ingest import ingest

@@ -19,6 +19,9 @@ from qlip_export.files import sha256_of
 _OLD_ATTENTION_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 """How autoencoders of Stable Diffusion's first versions call the parts of attention."""
 
+_TIED_NAMES = {"encoder.embed_tokens.weight": "shared.weight"}
+"""Parameters of T5 that are one, and are stored once."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -122,7 +125,7 @@ class Component:
         old = name
         for new_part, old_part in _OLD_ATTENTION_NAMES.items():
             old = old.replace(f".{new_part}.", f".{old_part}.")
-        for candidate in (name, old):
+        for candidate in (name, old, _TIED_NAMES.get(name, name)):
             if candidate in self.names:
                 return candidate
         # transformers drops the prefix of a model's only child ("text_model.") in newer versions.

@@ -92,7 +92,15 @@ RandomWeightsOption = Annotated[
 WeightSeedOption = Annotated[int, typer.Option(help="Seed of random weights.")]
 BatchSizeOption = Annotated[int, typer.Option(help="Images per batch, static.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.")]
-SchedulerOption = Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="dpmsolver++, ddim, euler, pndm or flow-match-euler.", show_default="the model family's own"
+    ),
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="Guidance scale.", show_default="the model family's own")
+]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="Folder of calibration results.", show_default="the model's own")
 ]
@@ -144,7 +152,7 @@ def build(
     height: HeightOption = None,
     width: WidthOption = None,
     steps: StepsOption = 25,
-    scheduler: SchedulerOption = "dpmsolver++",
+    scheduler: SchedulerOption = None,
     calibration: CalibrationOption = None,
     policy: PolicyOption = "auto",
     weights: WeightsOption = "auto",
@@ -182,7 +190,7 @@ def export(
     height: HeightOption = None,
     width: WidthOption = None,
     steps: StepsOption = 25,
-    scheduler: SchedulerOption = "dpmsolver++",
+    scheduler: SchedulerOption = None,
     calibration: CalibrationOption = None,
     policy: PolicyOption = "auto",
     weights: WeightsOption = "auto",
@@ -311,8 +319,10 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Seed; image i uses SEED + i.", show_default="random")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
-    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    guidance: GuidanceOption = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to steer away from.", show_default="nothing")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -480,7 +490,7 @@ def evaluate(
         str | None,
         typer.Option(help="Model with the vision tower.", show_default="the one the bundle was built from"),
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Seed; image i uses SEED + i.")] = 0,
     out: Annotated[
         Path | None,
@@ -551,8 +561,10 @@ def calibrate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     steps: Annotated[int, typer.Option(help="Sampling steps of a run.")] = 25,
-    scheduler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler or pndm.")] = "dpmsolver++",
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    scheduler: SchedulerOption = None,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of noise and training.")] = 0,
     groups: Annotated[int, typer.Option(help="Timestep groups of the policy.")] = 5,
     forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
@@ -596,6 +608,8 @@ def calibrate(
         reference=reference,
         device=device,
         steps=steps,
+        height=height,
+        width=width,
         scheduler=scheduler,
         guidance=guidance,
         seed=seed,

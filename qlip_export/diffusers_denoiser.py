@@ -33,6 +33,14 @@ class DiffusersDenoiser(torch.nn.Module):
         """
         super().__init__()
         self._runtime = TextToImage.load(Path(bundle))
+        takes = list(self._runtime.bundle.manifest.conditioning)
+        if takes != ["text"]:
+            raise QlipError(
+                "this bundle's denoiser takes more than latents, timestep and text",
+                expected="a bundle of Stable Diffusion 1.x",
+                found=f"{self._runtime.bundle.manifest.model.family}, which takes {', '.join(takes)}",
+                fix="run it with qlip_export.runtime.TextToImage",
+            )
         self.bits = self._runtime.bundle.bits(bits)
         config = json.loads(self._runtime.bundle.file(CONFIG).read_text(encoding="utf-8"))
         self.config = FrozenDict(config)

@@ -42,6 +42,7 @@ from qlip_export.metrics import (
     resample,
 )
 from qlip_export.noise import seeded_noise
+from qlip_export.pipelines import pipeline_of
 from qlip_export.progress import Progress
 from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
 from qlip_export.reference import check_same_model
@@ -78,7 +79,7 @@ class EvaluateOptions(Frozen):
     reference: str | None = Field(default=None, description="file of statistics, folder of images, or fp32")
     inception: Path | None = Field(default=None, description="weights of Inception-v3, for the usual FID")
     model: str | None = Field(default=None, description="the one the bundle was built from if absent")
-    guidance: float = Field(default=4.0, allow_inf_nan=False)
+    guidance: float | None = Field(default=None, allow_inf_nan=False, description="the model's own if absent")
     seed: int = Field(default=0, ge=0)
     out: Path | None = Field(default=None, description="folder that keeps images and features")
 
@@ -148,7 +149,12 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         extractor = FeatureExtractor(checkpoint.folder, device=where, inception=options.inception)
     if extractor is not None and _FRECHET & set(metrics):
         reference = _reference(options, model, extractor, metrics)
-    texts = text_embeddings(checkpoint.folder, prompts) if "clip" in metrics else None
+    encoder = pipeline_of(bundle.manifest.model.family).quality
+    texts = (
+        text_embeddings(checkpoint.folder, prompts, encoder=encoder.name, tokenizer=encoder.tokenizer)
+        if "clip" in metrics
+        else None
+    )
     against_32 = reference is None and bool(_FRECHET & set(metrics))
     full = str(REFERENCE_BITS)
     if against_32 and device == "engines":
@@ -190,7 +196,7 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         prompts=source,
         samples=len(prompts),
         seed=options.seed,
-        guidance=options.guidance,
+        guidance=bundle.guidance(options.guidance),
         steps=len(bundle.manifest.sampler.steps),
         weight_bits=bundle.manifest.quantization.weight_bits,
         baseline=baseline,
@@ -213,6 +219,7 @@ class _Session:
         extractor: FeatureExtractor | None,
     ) -> None:
         self._prompts, self._options = prompts, options
+        self._guidance = bundle.guidance(options.guidance)
         self._renderer, self._extractor = renderer, extractor
         if options.out is not None:
             with explained_os_errors(options.out):
@@ -224,7 +231,7 @@ class _Session:
             sha256_of(bundle.root / MANIFEST),
             list(prompts),
             options.seed,
-            options.guidance,
+            self._guidance,
             renderer.identity(),
             extractor.fingerprints if extractor else {},
         )
@@ -240,7 +247,7 @@ class _Session:
         parts: list[Features] = []
         bits = []
         done = 0
-        for images, chosen in self._renderer.draw(name, self._prompts, self._latents, self._options.guidance):
+        for images, chosen in self._renderer.draw(name, self._prompts, self._latents, self._guidance):
             if folder is not None:
                 _save_images(images, folder / name, done)
             if self._extractor is not None:
@@ -257,7 +264,7 @@ class _Session:
     def seconds(self, renderer: EngineRenderer, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Return seconds of an image, on the first prompts."""
         few = self._prompts[:TIMED]
-        return renderer.seconds(names, few, self._latents[:TIMED], self._options.guidance)
+        return renderer.seconds(names, few, self._latents[:TIMED], self._guidance)
 
 
 def _read(path: Path, key: str) -> Measured | None:
@@ -329,7 +336,7 @@ def _work(bundle: Bundle) -> tuple[NDArray[np.int64], int]:
 
     The manifest counts MACs at the bundle's static shapes: a batch, and both halves of guidance.
     """
-    samples = 2 * bundle.manifest.shapes.batch_size
+    samples = bundle.manifest.guidance.rows * bundle.manifest.shapes.batch_size
     layers = [layer for block in bundle.manifest.blocks for layer in block.quantized]
     others = [layer for block in bundle.manifest.blocks for layer in block.layers if not layer.quantized]
     return (

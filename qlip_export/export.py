@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -19,6 +19,8 @@ from qlip_export.bundle import (
     Exported,
     LayerEntry,
     TensorEntry,
+    TextEncoderEntry,
+    TokenizerEntry,
     VariantEntry,
     best_fast_option,
 )
@@ -26,7 +28,6 @@ from qlip_export.capture import (
     OPSET,
     Shapes,
     capture_denoiser,
-    capture_text_encoder,
     capture_vae_decoder,
     denoiser_family,
 )
@@ -37,6 +38,7 @@ from qlip_export.graph.layers import find_layers, static_shape
 from qlip_export.graph.split import Block, split
 from qlip_export.graph.variant import type_variant
 from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
+from qlip_export.pipelines import TextEncoder, pipeline_of
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.weights import WeightQuantizer, round_to_nearest
@@ -49,6 +51,7 @@ from qlip_export.spec import (
     mixed_name,
     variant_name,
 )
+from qlip_export.text_encoders import capture_text_encoder, capture_tokenizer
 from qlip_export.variants.choose import Choice
 from qlip_export.variants.fuse import fused_name
 from qlip_export.workspace import Workspace
@@ -114,6 +117,7 @@ class Exporter:
         self._progress = progress
         self.family = denoiser_family(checkpoint)
         self.choice: Choice | None = None
+        self.pipeline = pipeline_of(self.family.name)
 
     @cached_property
     def _code(self) -> str:
@@ -121,6 +125,7 @@ class Exporter:
         package = Path(__file__).parent
         sources = [package / "capture.py", package / "export.py", *sorted((package / "graph").glob("*.py"))]
         sources += [package / "spec.py", package / "checkpoint.py"]
+        sources += [package / "pipelines.py", package / "text_encoders.py"]
         sources += [*sorted((package / "quant").glob("*.py")), *sorted((package / "families").glob("*.py"))]
         return content_key([sha256_of(p) for p in sources])
 
@@ -133,11 +138,11 @@ class Exporter:
         Raises:
             QlipError: The architecture is unknown, weights are missing or not finite, a range is missing.
         """
-        self._progress.stage("capture", 3)
+        self._progress.stage("capture", 2 + len(self.pipeline.text_encoders))
         denoiser = self._capture(
             "denoiser", self._checkpoint.component(self.family.denoiser_folder), capture_denoiser
         )
-        text = self._capture("text_encoder", self._checkpoint.component("text_encoder"), capture_text_encoder)
+        texts = {e: self._capture_text_encoder(e) for e in self.pipeline.text_encoders}
         vae = self._capture("vae_decoder", self._checkpoint.component("vae"), capture_vae_decoder)
         weights = self._weights("denoiser", denoiser, self.family.input_names, self._options.weight_bits)
         blocks = self._blocks(denoiser, weights, ranges)
@@ -146,7 +151,7 @@ class Exporter:
                 _tensor_entry(v) for v in denoiser.model.graph.inputs if v.name in self.family.input_names
             ),
             blocks=blocks,
-            text_encoder=self._component("text_encoder", text, ("input_ids",)),
+            text_encoders=tuple(self._text_encoder(*item) for item in texts.items()),
             vae_decoder=self._component("vae_decoder", vae, ("latents",)),
             policy=None,
             parameters=sum(
@@ -154,6 +159,25 @@ class Exporter:
                 for v in denoiser.model.graph.inputs
                 if v.name not in self.family.input_names
             ),
+        )
+
+    def _capture_text_encoder(self, encoder: TextEncoder) -> _Captured:
+        component = self._checkpoint.component(encoder.name)
+        return self._capture(encoder.name, component, partial(capture_text_encoder, encoder=encoder))
+
+    def _text_encoder(self, encoder: TextEncoder, captured: _Captured) -> TextEncoderEntry:
+        tokenizer = capture_tokenizer(self._checkpoint, self._shapes, encoder)
+
+        def write(path: Path) -> JsonValue:
+            path.write_text(tokenizer.json, encoding="utf-8")
+            return None
+
+        path = f"{encoder.tokenizer}.json"
+        self._workspace.product(path, content_key("tokenizer", tokenizer.json), write)
+        return TextEncoderEntry(
+            onnx=self._component(encoder.name, captured, ("input_ids",)).onnx,
+            name=encoder.name,
+            tokenizer=TokenizerEntry(path=path, max_length=tokenizer.max_length, pad_id=tokenizer.pad_id),
         )
 
     def _capture(self, name: str, component: Component, capture: Any) -> _Captured:

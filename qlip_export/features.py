@@ -126,7 +126,13 @@ def _load_inception(weights: Path) -> nn.Module:
 
 @torch.inference_mode()
 def text_embeddings(
-    model: Path, prompts: Sequence[str], *, device: str = "cpu", batch_size: int = 256
+    model: Path,
+    prompts: Sequence[str],
+    *,
+    encoder: str = "text_encoder",
+    tokenizer: str = "tokenizer",
+    device: str = "cpu",
+    batch_size: int = 256,
 ) -> NDArray[np.float32]:
     """Return the projected text embeddings of ``prompts``, (N, C) float32, in the vision tower's space.
 
@@ -135,14 +141,14 @@ def text_embeddings(
     """
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-    encoder = Component(model / "text_encoder")
-    encoder.get("text_projection.weight")  # transformers would make up a missing one at random
-    tokenizer: Any = CLIPTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+    part = Component(model / encoder)
+    part.get("text_projection.weight")  # transformers would make up a missing one at random
+    tokenizing: Any = CLIPTokenizer.from_pretrained(model / tokenizer, local_files_only=True)
     with quiet_loading():
-        tower: Any = CLIPTextModelWithProjection.from_pretrained(encoder.folder, local_files_only=True)
+        tower: Any = CLIPTextModelWithProjection.from_pretrained(part.folder, local_files_only=True)
     tower.float().eval().to(device)
     found = []
-    for ids in token_ids(tokenizer, prompts, batch_size):
+    for ids in token_ids(tokenizing, prompts, batch_size):
         found.append(tower(input_ids=ids.to(device)).text_embeds.float().cpu().numpy())
     embeddings: NDArray[np.float32] = np.concatenate(found)
     return embeddings

@@ -97,7 +97,8 @@ def _policy(manifest: Manifest) -> list[MemoryRow]:
 def _model(manifest: Manifest) -> list[MemoryRow]:
     bits, count = manifest.quantization.weight_bits, manifest.model.parameters
     rows = [("denoiser", weight_bytes(count, bits), f"{count:,} parameters at {bits} bits")]
-    for part, name in (("text encoder", "text_encoder"), ("VAE decoder", "vae_decoder")):
+    parts = [(encoder.name.replace("_", " "), encoder.name) for encoder in manifest.text_encoders]
+    for part, name in (*parts, ("VAE decoder", "vae_decoder")):
         rows.append((part, manifest.files[f"onnx/{name}.weights.bin"].size, "as the checkpoint stores it"))
     return [MemoryRow(group="model", part=part, bytes=size, note=note) for part, size, note in rows]
 

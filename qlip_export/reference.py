@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,7 +15,7 @@ from qlip_export.errors import QlipError
 from qlip_export.graph.weights import WeightIndex
 from qlip_export.quant.fake import FakeQuantizer
 from qlip_export.quant.ranges import Ranges
-from qlip_export.torch_pipeline import load_pipeline, replace_weights, use_scheduler
+from qlip_export.torch_pipeline import draw, load_pipeline, replace_weights, use_scheduler
 
 DENOISER_WEIGHTS = "onnx/denoiser.weights.bin"
 
@@ -63,14 +62,26 @@ def check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
 
 
 def reference_image(
-    pipeline: Any, prompt: str, latents: NDArray[np.float32], *, steps: int, guidance: float
+    pipeline: Any,
+    prompt: str,
+    latents: NDArray[np.float32],
+    *,
+    steps: int,
+    guidance: float,
+    negative_prompt: str | None = None,
 ) -> Image.Image:
     """Return the image that diffusers makes of unit-variance ``latents`` (1, C, H, W)."""
-    with torch.inference_mode():
-        result = pipeline(
-            prompt, latents=torch.from_numpy(latents), num_inference_steps=steps, guidance_scale=guidance
-        )
-    image: Image.Image = result.images[0]
+    height, width = latents.shape[2:]
+    made = draw(
+        pipeline,
+        prompt,
+        latents_size=(height, width),
+        steps=steps,
+        guidance=guidance,
+        latents=latents,
+        negative_prompt=negative_prompt,
+    )
+    image: Image.Image = made.images[0]
     return image
 
 

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlip_export.bundle import Bundle
+from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.pipelines import pipeline_of
 from qlip_export.policy.t2q import TextToQuality
 from qlip_export.quant.ranges import Ranges
 from qlip_export.reference import quantized_weights
@@ -133,6 +135,8 @@ class SimulatorRenderer(Renderer):
             ranges=Ranges.load(bundle.file(ranges)) if ranges else None,
             scheduler=manifest.sampler.scheduler,
             steps=manifest.sampler.requested_steps,
+            height=manifest.shapes.image[0],
+            width=manifest.shapes.image[1],
         )
         self._schedule = Scheduler(manifest.policy.table, manifest.blocks) if manifest.policy else None
         self._network = quality_network(bundle).to(device) if manifest.policy else None
@@ -170,7 +174,9 @@ class SimulatorRenderer(Renderer):
     def identity(self) -> object:
         """See `Renderer.identity`."""
         checkpoint = self.simulator.checkpoint
-        return [self._device, *(checkpoint.component(name).fingerprint for name in ("text_encoder", "vae"))]
+        encoders = pipeline_of(denoiser_family(checkpoint).name).text_encoders
+        parts = (*(encoder.name for encoder in encoders), "vae")
+        return [self._device, *(checkpoint.component(name).fingerprint for name in parts)]
 
 
 def quality_network(bundle: Bundle) -> TextToQuality:

@@ -84,7 +84,9 @@ def scheduler_from_config(name: str, config: Mapping[str, Any]) -> SchedulerMixi
     return scheduler_class.from_config(dict(config), **SETTINGS.get(name, {}))
 
 
-def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> SamplerTable:
+def probe_scheduler(
+    scheduler: SchedulerMixin, steps: int, *, name: str, timesteps: Mapping[str, Any] | None = None
+) -> SamplerTable:
     """Return the table that reproduces ``scheduler`` at ``steps`` inference steps.
 
     The scheduler itself is left untouched; copies made from its configuration are driven. The table has one
@@ -92,8 +94,9 @@ def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> Samp
 
     Args:
         scheduler: Any diffusers scheduler whose ``step`` is deterministic and linear.
-        steps: Argument of ``set_timesteps``.
+        steps: Inference steps.
         name: What the table is called in manifests and on the command line.
+        timesteps: Arguments of ``set_timesteps`` where these are more than the steps, e.g. sigmas and shift.
 
     Raises:
         QlipError: The scheduler has an unknown interface, draws noise, is not linear (thresholding, sample
@@ -102,8 +105,9 @@ def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> Samp
     if steps < 1:
         raise QlipError("the number of steps is too small", expected="1 or more", found=str(steps))
     _check_interface(scheduler)
-    fresh, timesteps, init_scale = _prepare(scheduler, steps)
-    calls = len(timesteps)
+    arguments = {"num_inference_steps": steps} if timesteps is None else timesteps
+    fresh, times, init_scale = _prepare(scheduler, arguments)
+    calls = len(times)
 
     def unit_sample(i: int, _: Array) -> Array:
         return _unit(i, 2 * calls)
@@ -112,7 +116,7 @@ def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> Samp
         return _unit(calls + i, 2 * calls)
 
     scales, rows = _drive(fresh, unit_sample, unit_output, seed=0)
-    _, again = _drive(_prepare(scheduler, steps)[0], unit_sample, unit_output, seed=1)
+    _, again = _drive(_prepare(scheduler, arguments)[0], unit_sample, unit_output, seed=1)
     if not np.array_equal(rows, again):
         raise QlipError(
             f"{type(scheduler).__name__} draws random noise at every step",
@@ -127,7 +131,7 @@ def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> Samp
         requested_steps=steps,
         steps=tuple(
             SamplerStep(
-                timestep=timesteps[i],
+                timestep=times[i],
                 input_scale=scales[i],
                 sample=_window(scheduler, rows[i], rows[i, :calls], i),
                 output=_window(scheduler, rows[i], rows[i, calls:], i),
@@ -136,7 +140,7 @@ def probe_scheduler(scheduler: SchedulerMixin, steps: int, *, name: str) -> Samp
         ),
     )
     for seed, magnitude in enumerate(MAGNITUDES):
-        _verify(scheduler, steps, table, magnitude, seed)
+        _verify(scheduler, arguments, table, magnitude, seed)
     return table
 
 
@@ -159,12 +163,15 @@ def _check_interface(scheduler: SchedulerMixin) -> None:
         )
 
 
-def _prepare(scheduler: SchedulerMixin, steps: int) -> tuple[SchedulerMixin, list[float], float]:
+def _prepare(
+    scheduler: SchedulerMixin, timesteps: Mapping[str, Any]
+) -> tuple[SchedulerMixin, list[float], float]:
     """Return a fresh copy with its timesteps set, these, and the scale of the first sample."""
     fresh = type(scheduler).from_config(scheduler.config)
     try:
-        fresh.set_timesteps(steps, device="cpu")
+        fresh.set_timesteps(**timesteps, device="cpu")
     except (ValueError, TypeError, IndexError) as error:
+        steps = timesteps.get("num_inference_steps") or len(timesteps["sigmas"])
         raise QlipError(
             f"{type(scheduler).__name__} cannot be set to {steps} steps",
             found=str(error),
@@ -226,12 +233,14 @@ def _window(scheduler: SchedulerMixin, row: Array, part: Array, step: int) -> tu
     return tuple(float(value) if used else 0.0 for value, used in zip(recent, counts, strict=True))[:length]
 
 
-def _verify(scheduler: SchedulerMixin, steps: int, table: SamplerTable, magnitude: float, seed: int) -> None:
+def _verify(
+    scheduler: SchedulerMixin, timesteps: Mapping[str, Any], table: SamplerTable, magnitude: float, seed: int
+) -> None:
     """Compare the table with the scheduler on random data, in float64, at every step."""
     random = np.random.default_rng(seed)
     noise = magnitude * random.standard_normal(64)
     outputs = magnitude * random.standard_normal((len(table.steps), 64))
-    fresh, _, _ = _prepare(scheduler, steps)
+    fresh, _, _ = _prepare(scheduler, timesteps)
     start = noise * table.init_scale
     _, expected = _drive(fresh, lambda i, x: x if i else start, lambda i: outputs[i], seed)
     samples = [start]
@@ -244,7 +253,8 @@ def _verify(scheduler: SchedulerMixin, steps: int, table: SamplerTable, magnitud
         error = float(np.abs(samples[-1] - expected[i]).max() / size)
         if not error <= TOLERANCE:
             raise _not_linear(
-                scheduler, f"random data of size {magnitude:g} differ by {error:.1e} at step {i} of {steps}"
+                scheduler,
+                f"random data of size {magnitude:g} differ by {error:.1e} at step {i} of {len(table.steps)}",
             )
 
 

@@ -6,8 +6,9 @@ all is FP32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,12 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qlip_export.capture import denoiser_family
+from qlip_export.capture import CallableDenoiser, denoiser_family, shapes_of, unscaled
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.conditioning import Constant, GuidanceScale
+from qlip_export.conditioning import Encoded as EncodedInput
 from qlip_export.cuda_graph import recorded
 from qlip_export.errors import QlipError
+from qlip_export.pipelines import TextEncoder, pipeline_of
 from qlip_export.quant.fake import FakeQuantizer, round_rows
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
+from qlip_export.text_encoders import encode, text_length
 from qlip_export.torch_pipeline import (
     load_pipeline,
     replace_weights,
@@ -30,18 +35,28 @@ from qlip_export.torch_pipeline import (
     use_scheduler,
 )
 
+TEXT_BATCH = 512
+"""Prompts that go through a text encoder at a time, where they have as many tokens as CLIP takes."""
+CLIP_LENGTH = 77
+
 
 @dataclass(frozen=True)
 class Encoded:
     """Prompts after the text encoder.
 
     Attributes:
-        states: (N, length, width) float32, what cross-attention reads.
-        pooled: (N, C_clip) float32, the state at the first end-of-text token, before projection.
+        states: What the denoiser is given of each prompt, float32: text states (N, length, width), or a row
+            of all inputs (N, size) where there are several.
+        pooled: (N, C_clip) float32, the CLIP state at the first end-of-text token, before projection.
     """
 
     states: Tensor
     pooled: Tensor
+
+
+def paired(empty: Tensor | None, states: Tensor) -> Tensor:
+    """Return states for a guided prediction: the empty prompt's half first, where there is one."""
+    return states if empty is None else torch.cat([empty.expand_as(states), states])
 
 
 def text_projection(checkpoint: Checkpoint) -> NDArray[np.float32]:
@@ -50,7 +65,8 @@ def text_projection(checkpoint: Checkpoint) -> NDArray[np.float32]:
     Raises:
         QlipError: The checkpoint has none.
     """
-    encoder = checkpoint.component("text_encoder")
+    name = pipeline_of(denoiser_family(checkpoint).name).quality_encoder
+    encoder = checkpoint.component(name)
     try:
         return encoder.get("text_projection.weight").astype(np.float32)
     except QlipError as error:
@@ -78,8 +94,10 @@ class Simulator:
         device: str = "cpu",
         weights: Mapping[str, NDArray[np.float32]] | None = None,
         ranges: Ranges | None = None,
-        scheduler: str = "dpmsolver++",
+        scheduler: str | None = None,
         steps: int = 25,
+        height: int | None = None,
+        width: int | None = None,
     ) -> None:
         """Load the model.
 
@@ -88,29 +106,41 @@ class Simulator:
             device: ``cpu`` or ``cuda``.
             weights: Replacements of the denoiser's parameters by name, e.g. after quantization.
             ranges: Activation ranges; without them only full precision runs.
-            scheduler: Name of the scheduler.
+            scheduler: Name of the scheduler; the family's own if absent.
             steps: Sampling steps of a run.
+            height: Of the images, pixels; the model's own if absent.
+            width: The same.
 
         Raises:
-            QlipError: No such device here, or ranges of another model.
+            QlipError: No such device here, a size that does not fit, or ranges of another model.
         """
         require_device(device)
         self.device = torch.device(device)
-        self.checkpoint, self.scheduler, self.steps = checkpoint, scheduler, steps
         family = denoiser_family(checkpoint)
+        self._kind = pipeline_of(family.name)
+        self.checkpoint, self.scheduler, self.steps = checkpoint, scheduler or self._kind.scheduler, steps
+        self.guidance = self._kind.guidance(checkpoint.index)
+        self._shapes = shapes_of(checkpoint, batch_size=1, height=height, width=width)
+        self._recipes = self._kind.inputs(self._shapes.size)
+        # On the device from the start: nothing may be copied there while a CUDA graph is recorded.
+        self._constants = {
+            name: torch.tensor(recipe.row, device=self.device)
+            for name, recipe in self._recipes.items()
+            if isinstance(recipe, Constant)
+        }
         if ranges is not None:
             ranges.check(checkpoint.component(family.denoiser_folder).fingerprint, set(), checkpoint.folder)
         self.pipeline = load_pipeline(checkpoint)
-        use_scheduler(self.pipeline, scheduler)
+        use_scheduler(self.pipeline, self.scheduler)
         self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser_folder)
         self.set_weights(weights or {})
-        for part in (self.denoiser, self.pipeline.text_encoder, self.pipeline.vae):
+        encoders = [getattr(self.pipeline, encoder.name) for encoder in self._kind.text_encoders]
+        for part in (self.denoiser, self.pipeline.vae, *encoders):
             part.requires_grad_(False).eval().to(self.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
             self.denoiser.to(dtype=torch.float16, memory_format=torch.channels_last)
-        self.dtype = next(self.denoiser.parameters()).dtype
         self.all_layers = tuple(
             name
             for name, module in self.denoiser.named_modules()
@@ -119,6 +149,7 @@ class Simulator:
         self.layers = tuple(name for name in self.all_layers if family.quantizes(name))
         thresholds = {b: ranges.thresholds(b) for b in RANGE_BITS} if ranges is not None else {}
         self.quantizer = FakeQuantizer(self.denoiser, thresholds)
+        self._called = self.callable(self.denoiser)
         self._step: tuple[object, _GuidedStep] | None = None
 
     def set_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
@@ -128,8 +159,21 @@ class Simulator:
     @property
     def latents_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
-        config: Any = self.denoiser.config
-        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+        return self._shapes.latents[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the denoiser computes."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def rows(self) -> int:
+        """Rows of the denoiser's batch for each image: 2 where guidance is classifier-free."""
+        return self.guidance.rows
+
+    def callable(self, denoiser: nn.Module) -> nn.Module:
+        """Return a denoiser of this model as it is captured: with latents (N, C, H, W) in and out."""
+        return CallableDenoiser(denoiser, denoiser_family(self.checkpoint), self._shapes).to(self.device)
 
     @cached_property
     def layer_macs(self) -> dict[str, int]:
@@ -145,29 +189,55 @@ class Simulator:
             for name, module in self.denoiser.named_modules()
             if isinstance(module, (nn.Conv2d, nn.Linear))
         ]
-        states = self.encode([""]).states
         latents = torch.zeros(1, *self.latents_shape, device=self.device)
-        self.predict(latents, torch.zeros(1, device=self.device), states)
+        self.predict(latents, torch.zeros(1, device=self.device), self.encode([""]).states)
         for handle in handles:
             handle.remove()
         return macs
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str], batch_size: int = 512) -> Encoded:
-        """Return the text states and pooled embeddings of ``prompts``."""
-        tokenizer = self.pipeline.tokenizer
-        states, pooled = [], []
-        for batch in token_ids(tokenizer, prompts, batch_size):
-            ids = batch.to(self.device)
-            found = self.pipeline.text_encoder(ids).last_hidden_state.float()
-            ends = (ids == tokenizer.eos_token_id).int().argmax(1)
-            states.append(found)
-            pooled.append(found[torch.arange(len(ids), device=self.device), ends])
-        return Encoded(torch.cat(states), torch.cat(pooled))
+    def encode(self, prompts: Sequence[str], batch_size: int = TEXT_BATCH) -> Encoded:
+        """Return what the denoiser and T2Q are given of ``prompts``."""
+        encoded = {e.name: self._encode(e, prompts, batch_size) for e in self._kind.text_encoders}
+        inputs = [
+            torch.cat([encoded[name][recipe.output] for name in recipe.encoders], -1)
+            for recipe in self._recipes.values()
+            if isinstance(recipe, EncodedInput)
+        ]
+        states = inputs[0] if len(inputs) == 1 else torch.cat([x.flatten(1) for x in inputs], 1)
+        return Encoded(states, encoded[self._kind.quality_encoder]["pooled"])
 
+    def _encode(self, encoder: TextEncoder, prompts: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+        """Return the outputs of a text encoder, float32, by name; ``batch_size`` is in prompts of CLIP."""
+        tokenizer = getattr(self.pipeline, encoder.tokenizer)
+        module = getattr(self.pipeline, encoder.name)
+        length = text_length(self.checkpoint, self._shapes, encoder)
+        batches = [
+            encode(module, ids.to(self.device), encoder)
+            for ids in token_ids(
+                tokenizer, prompts, batch_size * CLIP_LENGTH // max(CLIP_LENGTH, length), length
+            )
+        ]
+        return {name: torch.cat([batch[name].float() for batch in batches]) for name in encoder.outputs}
+
+    @cached_property
+    def empty(self) -> Tensor | None:
+        """States of no prompt, (1, ...) float32; ``None`` where guidance is not classifier-free."""
+        if self.rows == 1:
+            return None
+        states = self.encode([""]).states
+        return torch.zeros_like(states) if self.guidance.zeros else states
+
+    @property
+    def quality_tokenizer(self) -> Any:
+        """The tokenizer of the text encoder whose pooled embedding T2Q reads."""
+        return getattr(self.pipeline, self._kind.quality.tokenizer)
+
+    @torch.inference_mode()
     def pooled(self, prompts: Sequence[str]) -> Tensor:
         """Return the pooled embeddings before projection, (N, C_clip) float32: what T2Q reads."""
-        return self.encode(prompts).pooled
+        only = replace(self._kind.quality, outputs=("pooled",))
+        return self._encode(only, prompts, TEXT_BATCH)["pooled"]
 
     @cached_property
     def projection(self) -> Tensor:
@@ -178,27 +248,49 @@ class Simulator:
         """
         return torch.from_numpy(text_projection(self.checkpoint)).to(self.device)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    def inputs(self, states: Tensor, guidance: float) -> list[Tensor]:
+        """Return all inputs of the denoiser but latents and timesteps, for states of N prompts, in order."""
+        family = denoiser_family(self.checkpoint)
+        shapes = {i.name: self._shapes.of(i)[1:] for i in family.inputs}
+        made, start = {}, 0
+        for name, recipe in self._recipes.items():
+            match recipe:
+                case EncodedInput():
+                    size = math.prod(shapes[name])
+                    flat = states.flatten(1)[:, start : start + size]
+                    made[name], start = flat.unflatten(1, shapes[name]), start + size
+                case Constant():
+                    made[name] = self._constants[name].expand(len(states), -1)
+                case GuidanceScale():
+                    made[name] = states.new_full((len(states),), guidance)
+        return [made[i.name] for i in family.inputs if i.name in made]
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: float | None = None
+    ) -> Tensor:
         """Run the denoiser once.
 
         Args:
             latents: (N, C, H, W) any float dtype.
             timesteps: (N,) or (1,).
-            states: (N, length, width).
+            states: As `encode` returns them, N rows.
+            guidance: Scale for denoisers that are told it; the model's own if absent.
 
         Returns:
             The prediction, (N, C, H, W) float32.
         """
-        prediction: Tensor = self.denoiser(
+        inputs = self.inputs(states, self.guidance.scale if guidance is None else guidance)
+        prediction: Tensor = self._called(
             latents.to(self.dtype, memory_format=torch.channels_last),
             timesteps,
-            states.to(self.dtype),
-            return_dict=False,
-        )[0]
+            *(x.to(self.dtype) for x in inputs),
+        )
         return prediction.float()
 
     def guided(self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: float) -> Tensor:
-        """Return the guided prediction for ``states`` (2N, ...), the empty prompt's half first."""
+        """Return the guided prediction for ``states`` as `paired` returns them."""
+        if self.rows == 1:
+            return self.predict(latents, timesteps, states, guidance)
         both = self.predict(
             torch.cat([latents, latents]), timesteps.repeat(2) if len(timesteps) > 1 else timesteps, states
         )
@@ -217,21 +309,24 @@ class Simulator:
         """Return denoised latents, (N, C, H, W) float32.
 
         Args:
-            states: (2N, length, width), the empty prompt's half first.
+            states: As `paired` returns them for N prompts.
             latents: (N, C, H, W) float32 noise of unit variance.
-            guidance: Classifier-free guidance scale.
+            guidance: Guidance scale.
             bits: (N, steps, layers) int64; full precision if absent.
             on_step: Gets denoiser input, timestep and guided prediction of each step.
         """
         scheduler = self.pipeline.scheduler
-        scheduler.set_timesteps(self.steps, device=self.device)
+        arguments = self._kind.timesteps(scheduler.config, self.steps, self._shapes.size)
+        scheduler.set_timesteps(**arguments, device=self.device)
         chosen = None if bits is None else self._chosen_grids(bits)
-        x = latents.to(self.device) * scheduler.init_noise_sigma
+        # Flow-matching schedulers start from the noise as it is, and give the sample to the model as it is.
+        x = latents.to(self.device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
         step = self._guided_step(
             states, guidance, scheduler.timesteps[0], None if chosen is None else chosen[0]
         )
         for index, timestep in enumerate(scheduler.timesteps):
-            model_input = scheduler.scale_model_input(x, timestep)
+            model_input = scale(x, timestep)
             grids = None if chosen is None else chosen[min(index, len(chosen) - 1)]
             prediction = step(model_input, timestep, grids)
             on_step(model_input, timestep, prediction)
@@ -243,7 +338,7 @@ class Simulator:
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of latents, (N, H, W, 3) uint8 on the CPU."""
         vae = self.pipeline.vae
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        pixels = vae.decode(unscaled(latents, self._kind.decoding(vae.config)), return_dict=False)[0]
         levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         images: Tensor = levels.permute(0, 2, 3, 1).cpu()
         return images
@@ -262,7 +357,7 @@ class Simulator:
         Args:
             prompts: N prompts.
             latents: (N, C, H, W) float32 noise of unit variance.
-            guidance: Classifier-free guidance scale.
+            guidance: Guidance scale.
             bits: (N, steps, layers) int64, the activation bits of `layers`; full precision if absent.
             batch_size: Images at a time. Float sums differ in their last digits with it, and rounding to a
                 coarse grid makes more of that: another batch size is another draw of quantization noise.
@@ -270,21 +365,19 @@ class Simulator:
         Raises:
             QlipError: No range for one of the bits.
         """
-        empty = self.encode([""]).states
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            states = self.encode(prompts[part]).states
-            both = torch.cat([empty.expand_as(states), states])
+            both = paired(self.empty, self.encode(prompts[part]).states)
             noise = torch.from_numpy(latents[part])
             yield self.decode(self.sample(both, noise, guidance, None if bits is None else bits[part]))
 
     def _chosen_grids(self, bits: Tensor) -> Tensor:
-        """Return the grid of each layer and sample, both halves, (steps, layers, 2N, 3)."""
+        """Return the grid of each layer and row, both halves of a pair, (steps, layers, rows, 3)."""
         options = sorted(int(b) for b in bits.unique())
         grids = self.quantizer.grids(self.layers, options).to(self.device)
         index = torch.searchsorted(torch.tensor(options), bits.cpu().contiguous()).to(self.device)
         chosen = grids[torch.arange(len(self.layers), device=self.device), index]
-        return torch.cat([chosen, chosen]).permute(1, 2, 0, 3).contiguous()
+        return torch.cat([chosen] * self.rows).permute(1, 2, 0, 3).contiguous()
 
     def _guided_step(
         self, states: Tensor, guidance: float, timestep: Tensor, grids: Tensor | None
@@ -302,7 +395,7 @@ class _GuidedStep:
     """Guided predictions for batches of one shape, recorded on a GPU.
 
     Attributes:
-        states: (2N, length, width), what the next call reads.
+        states: Of all rows, what the next call reads.
     """
 
     def __init__(
@@ -310,7 +403,7 @@ class _GuidedStep:
     ) -> None:
         """Let the quantizer of ``simulator`` read the grids of each call from now on."""
         self.states = states.clone()
-        self._latents = states.new_zeros(len(states) // 2, *simulator.latents_shape)
+        self._latents = states.new_zeros(len(states) // simulator.rows, *simulator.latents_shape)
         self._timestep = timestep[None].clone()
         self._grids = None if grids is None else grids.clone()
         layers = [] if self._grids is None else list(zip(simulator.layers, self._grids, strict=True))
@@ -320,7 +413,7 @@ class _GuidedStep:
         )
 
     def __call__(self, latents: Tensor, timestep: Tensor, grids: Tensor | None) -> Tensor:
-        """Return the prediction for ``latents`` (N, C, H, W), rounding to ``grids`` (layers, 2N, 3)."""
+        """Return the prediction for ``latents`` (N, C, H, W), rounding to ``grids`` (layers, rows, 3)."""
         self._latents.copy_(latents)
         self._timestep.copy_(timestep)
         if self._grids is not None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qlip_export.checkpoint import Checkpoint, Component
 from qlip_export.errors import QlipError
+from qlip_export.families import Family, family_of
+from qlip_export.pipelines import pipeline_of
 from qlip_export.random_weights import random_pipeline
 from qlip_export.sampler_probe import scheduler_from_config
 
@@ -33,6 +35,9 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
+    without = {}
+    if "safety_checker" in checkpoint.index:
+        without = {"safety_checker": None, "requires_safety_checker": False}
     # A text encoder's file may hold its projection too; that it goes unused here is no news.
     with quiet_loading(), warnings.catch_warnings():
         # Newer versions call it `dtype`, which older ones would silently ignore.
@@ -44,8 +49,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
                 checkpoint.folder,
                 torch_dtype=torch.float32,
                 local_files_only=True,
-                safety_checker=None,
-                requires_safety_checker=False,
+                **without,
             )
             for name in checkpoint:
                 component = checkpoint.component(name)
@@ -67,6 +71,61 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def family_of_pipeline(pipeline: Any) -> Family:
+    """Return the family of a diffusers pipeline's denoiser.
+
+    Raises:
+        QlipError: No family knows it.
+    """
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    # What stands in for a denoiser has its config, which names the class.
+    name = denoiser.config.get("_class_name", type(denoiser).__name__)
+    return family_of(name, denoiser.config)
+
+
+def draw(
+    pipeline: Any,
+    prompt: str,
+    *,
+    latents_size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    latents: NDArray[np.float32] | None = None,
+    negative_prompt: str | None = None,
+    **more: Any,
+) -> Any:
+    """Call a diffusers pipeline for one image and return what it made.
+
+    Args:
+        pipeline: As `load_pipeline` returns it.
+        prompt: The prompt.
+        latents_size: Height and width of the latents.
+        steps: Inference steps.
+        guidance: Guidance scale.
+        latents: (1, C, H, W) of unit variance instead of a generator among ``more``.
+        negative_prompt: Left to the pipeline if absent.
+        **more: Further arguments of the pipeline.
+    """
+    family = family_of_pipeline(pipeline)
+    kind = pipeline_of(family.name)
+    if latents is not None:
+        more["latents"] = torch.from_numpy(kind.pack(latents))
+    if negative_prompt is not None:
+        more["negative_prompt"] = negative_prompt
+    if kind.longest_text is not None:
+        more[kind.longest_text] = family.dimensions["text_length"]
+    height, width = (side * pipeline.vae_scale_factor for side in latents_size)
+    with torch.inference_mode():
+        return pipeline(
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            **more,
+        )
 
 
 def use_scheduler(pipeline: Any, name: str) -> None:
@@ -91,13 +150,18 @@ def replace_weights(module: nn.Module, weights: Mapping[str, NDArray[np.float32]
         parameters[name].data.copy_(torch.from_numpy(weight))
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-    """Yield the token ids of ``prompts`` in batches, (n, length) int64, padded and cut to the full length."""
+def token_ids(
+    tokenizer: Any, prompts: Sequence[str], batch_size: int, length: int | None = None
+) -> Iterator[Tensor]:
+    """Yield the token ids of ``prompts`` in batches, (n, length) int64, padded and cut to ``length``.
+
+    Without a length it is the longest that the tokenizer is for.
+    """
     for start in range(0, len(prompts), batch_size):
         ids: Tensor = tokenizer(
             list(prompts[start : start + batch_size]),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids

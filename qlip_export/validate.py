@@ -178,10 +178,8 @@ def _record(
     def recording(latents: Any, timestep: float, pattern: Any) -> Any:
         nonlocal count
         if count in steps:
-            text = pipeline.chain.held("text")
-            found.append(
-                {"latents": latents, "timestep": np.array([timestep], dtype=np.float32), "text": text}
-            )
+            time = np.array([timestep], dtype=np.float32)
+            found.append({**pipeline.chain.held, "latents": latents, "timestep": time})
         count += 1
         on_step()
         return original(latents, timestep, pattern)
@@ -309,8 +307,9 @@ def _compare_policy(pipeline: TextToImage, prompt: str, seed: int) -> PolicyRow 
     if policy is None:
         return None
     size = bundle.manifest.shapes.batch_size
-    ids = PromptTokenizer(bundle)([prompt] * 2 * size).ids
-    encoded = _Graph(bundle, bundle.manifest.text_encoder.onnx)({"input_ids": ids})
+    encoder = bundle.manifest.text_encoder(bundle.manifest.quality_encoder)
+    ids = PromptTokenizer(bundle, encoder.tokenizer)([prompt] * bundle.manifest.guidance.rows * size).ids
+    encoded = _Graph(bundle, encoder.onnx)({"input_ids": ids})
     graph = _Graph(bundle, policy.onnx)({"pooled": encoded["pooled"][:size]})
     expected = float(graph["quality"][0])
     decided = [[choice.at(expected) for choice in row] for row in policy.table.choices]
@@ -346,7 +345,7 @@ def _compare_images(
     from qlip_export.reference import psnr, reference_image, reference_pipeline
 
     manifest = bundle.manifest
-    guidance, steps = 4.0, manifest.sampler.requested_steps
+    guidance, steps = bundle.guidance(), manifest.sampler.requested_steps
     progress.stage("image", len(bundle.uniform) or 1)
     noise = seeded_noise(seed, manifest.shapes.latents[1:])[None]
     rows = []

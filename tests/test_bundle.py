@@ -80,7 +80,7 @@ def test_another_schema_version(damaged: Path) -> None:
 def _outside(path: str) -> Callable[[dict[str, Any]], None]:
     def edit(manifest: dict[str, Any]) -> None:
         manifest["files"][path] = manifest["files"]["tokenizer.json"]
-        manifest["tokenizer"]["path"] = path
+        manifest["text_encoders"][0]["tokenizer"]["path"] = path
 
     return edit
 
@@ -97,6 +97,8 @@ def _outside(path: str) -> Callable[[dict[str, Any]], None]:
         (_outside("/etc/passwd"), "'/etc/passwd' leaves the bundle"),
         (_outside("..\\tokenizer.json"), "leaves the bundle"),
         (_outside(""), "leaves the bundle"),
+        (lambda m: m["conditioning"].pop("text"), "the denoiser takes ['text'], not []"),
+        (lambda m: m.update(quality_encoder="clip"), "there is no text encoder 'clip'"),
     ],
 )
 def test_manifest_that_cannot_be(

@@ -178,7 +178,10 @@ def test_token_ids_are_those_of_transformers(bundle: Path, tiny_model: Path, pro
 
     theirs = transformers.CLIPTokenizer.from_pretrained(tiny_model / "tokenizer", local_files_only=True)
     expected = theirs(prompt, padding="max_length", max_length=TEXT_LENGTH, truncation=True).input_ids
-    assert PromptTokenizer(Bundle.open(bundle))([prompt]).ids.tolist() == [expected]
+    opened = Bundle.open(bundle)
+    assert PromptTokenizer(opened, opened.manifest.text_encoders[0].tokenizer)([prompt]).ids.tolist() == [
+        expected
+    ]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
         torch.manual_seed(seed)
         parts = {"unet": make_denoiser(), "vae": make_vae(), "text_encoder": make_text_encoder()}
         for part in parts.values():
-            _liven(part)
+            liven(part)
     for name, part in parts.items():
         part.to(dtype).save_pretrained(folder / name)
     write_tokenizer(folder / "tokenizer")
@@ -132,7 +133,8 @@ def make_denoiser() -> torch.nn.Module:
     )
 
 
-def make_vae() -> torch.nn.Module:
+def make_vae(**changes: Any) -> torch.nn.Module:
+    """Return a VAE of 4 latent channels that makes 4 x 4 pixels of each latent."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -144,6 +146,7 @@ def make_vae() -> torch.nn.Module:
         norm_num_groups=4,
         sample_size=IMAGE_SIZE,
         scaling_factor=0.5,
+        **changes,
     )
 
 
@@ -152,29 +155,29 @@ def make_text_encoder() -> torch.nn.Module:
 
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(_vocabulary()),
+            vocab_size=len(vocabulary()),
             hidden_size=TEXT_WIDTH,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=_vocabulary()["<|startoftext|>"],
-            eos_token_id=_vocabulary()["<|endoftext|>"],
-            pad_token_id=_vocabulary()["<|endoftext|>"],
+            bos_token_id=vocabulary()["<|startoftext|>"],
+            eos_token_id=vocabulary()["<|endoftext|>"],
+            pad_token_id=vocabulary()["<|endoftext|>"],
         )
     )
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a byte-pair tokenizer that knows every letter and a handful of words."""
+def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> None:
+    """Write a byte-pair tokenizer that knows every letter and a handful of words, and pads with ``pad``."""
     folder.mkdir(parents=True)
     merges = ["#version: 0.2", *(" ".join(pair) for pair in _merges())]
-    (folder / "vocab.json").write_text(json.dumps(_vocabulary()))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
     (folder / "merges.txt").write_text("\n".join(merges) + "\n")
     specials = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
         "unk_token": "<|endoftext|>",
     }
     (folder / "special_tokens_map.json").write_text(json.dumps(specials))
@@ -194,7 +197,7 @@ def _merges() -> list[tuple[str, str]]:
     return list(merges)
 
 
-def _vocabulary() -> dict[str, int]:
+def vocabulary() -> dict[str, int]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
@@ -202,7 +205,7 @@ def _vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
 
 
-def _liven(module: torch.nn.Module) -> None:
+def liven(module: torch.nn.Module) -> None:
     """Make norms and biases differ from 1 and 0, so that none of them can get lost unnoticed."""
     for parameter in module.parameters():
         if parameter.ndim == 1:

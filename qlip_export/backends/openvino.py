@@ -102,8 +102,8 @@ class OpenVINOBackend(Backend):
                 raise QlipError(f"OpenVINO cannot compile {where}", found=str(error)) from error
         engine.write_bytes(compiled.export_model().getvalue())
         return Compiled(
-            inputs=tuple(_entry(p) for p in compiled.inputs),
-            outputs=tuple(_entry(p) for p in compiled.outputs),
+            inputs=tuple(_entry(p, {str(v.name) for v in model.graph.inputs}) for p in compiled.inputs),
+            outputs=tuple(_entry(p, {str(v.name) for v in model.graph.outputs}) for p in compiled.outputs),
             widened=widened,
         )
 
@@ -174,11 +174,11 @@ def _has_float_layers(model: ir.Model) -> bool:
     return any(str(node.outputs[0].dtype) == "FLOAT" for node in layers)
 
 
-def _entry(port: Any) -> TensorEntry:
+def _entry(port: Any, names: set[str]) -> TensorEntry:
+    # Where arithmetic cancels out, a port also bears the name of its result: the graph's own name counts.
+    name = min(names & port.get_names())
     shape = tuple(int(d) for d in port.get_shape())
-    return TensorEntry(
-        name=port.get_any_name(), shape=shape, dtype=_NAMES[port.get_element_type().get_type_name()]
-    )
+    return TensorEntry(name=name, shape=shape, dtype=_NAMES[port.get_element_type().get_type_name()])
 
 
 def _to_bfloat16(array: NDArray[Any]) -> NDArray[np.uint16]:

@@ -191,7 +191,7 @@ def mean_bits(q2b: QualityToBits, plan: Plan, qualities: Tensor, steps: int) -> 
 
 def _choose(simulator: Simulator, choice: Tensor, unit_of_layer: Sequence[int], grids: Tensor) -> None:
     """Let every layer round its input to the grid that its unit chose; ``choice`` is (N, K, options)."""
-    both = torch.cat([choice, choice])
+    both = torch.cat([choice] * simulator.rows)
     simulator.quantizer.set_functions(
         {
             name: partial(_apply, weights=both[:, unit], grids=grid)

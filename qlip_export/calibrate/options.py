@@ -34,8 +34,10 @@ class CalibrateOptions(Frozen):
     reference: Path | None = Field(None, description="real images that GIQA's mixture is fitted to")
     device: Literal["cpu", "cuda"] = "cpu"
     steps: int = Field(25, ge=1, le=1000)
-    scheduler: str = "dpmsolver++"
-    guidance: float = Field(4.0, allow_inf_nan=False)
+    scheduler: str | None = Field(None, description="the family's own if absent")
+    guidance: float | None = Field(None, allow_inf_nan=False, description="the family's own if absent")
+    height: int | None = Field(None, ge=1, description="of the images, pixels; the model's own if absent")
+    width: int | None = Field(None, ge=1, description="the same")
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, ge=1, description="images drawn at a time")
     limit: int | None = Field(None, ge=1, description="prompts of each stage at most")

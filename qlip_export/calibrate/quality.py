@@ -88,7 +88,7 @@ def gradient_magnitude(images: Tensor) -> Tensor:
 
 def prompt_lengths(simulator: Simulator, prompts: Sequence[str]) -> NDArray[np.float32]:
     """Return the number of tokens of each prompt without start and end, (N,) float32."""
-    tokenizer = simulator.pipeline.tokenizer
+    tokenizer = simulator.quality_tokenizer
     ids = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
     return np.array([len(i) - 2 for i in ids], dtype=np.float32)
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlip_export.capture import denoiser_family
+from qlip_export.capture import denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.pipelines import pipeline_of
 from qlip_export.quant.ranges import BINS, MagnitudeHistogram, Ranges, Recipe
-from qlip_export.torch_pipeline import load_pipeline, require_device, use_scheduler
+from qlip_export.torch_pipeline import draw, load_pipeline, require_device, use_scheduler
 
 SAMPLES = 32_768
 """Activations of one call that go into a layer's histogram; the maximum is taken over all of them."""
@@ -28,23 +29,27 @@ def measure_ranges(
     prompts: list[str],
     *,
     steps: int = 25,
-    scheduler: str = "dpmsolver++",
-    guidance: float = 4.0,
+    scheduler: str | None = None,
+    guidance: float | None = None,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
     device: str = "cpu",
     on_step: Callable[[], None] = lambda: None,
 ) -> Ranges:
     """Measure the input range of every quantized layer over whole sampling runs.
 
-    Every prompt is sampled once with classifier-free guidance, all timesteps included.
+    Every prompt is sampled once, guided as the model is, and all timesteps count.
 
     Args:
         checkpoint: The full-precision model.
         prompts: One run each.
         steps: Sampling steps of a run.
-        scheduler: Name of the scheduler.
-        guidance: Classifier-free guidance scale.
+        scheduler: Name of the scheduler; the family's own if absent.
+        guidance: Guidance scale; the family's own if absent.
         seed: Seed of the first run's noise.
+        height: Of the images, pixels; the model's own if absent.
+        width: The same.
         device: ``cpu`` or ``cuda``.
         on_step: Called after each denoiser step, ``len(prompts) * steps`` times or a few more (PNDM).
 
@@ -52,9 +57,13 @@ def measure_ranges(
         QlipError: An activation is not finite, or there is no such device here.
     """
     require_device(device)
+    family = denoiser_family(checkpoint)
+    kind = pipeline_of(family.name)
+    scheduler = scheduler or kind.scheduler
+    guidance = kind.guidance(checkpoint.index).scale if guidance is None else guidance
+    size = shapes_of(checkpoint, batch_size=1, height=height, width=width).size
     pipeline = load_pipeline(checkpoint).to(device)
     use_scheduler(pipeline, scheduler)
-    family = denoiser_family(checkpoint)
     denoiser = getattr(pipeline, family.denoiser_folder)
     histograms: dict[str, MagnitudeHistogram] = {}
     handles = []
@@ -65,10 +74,12 @@ def measure_ranges(
     try:
         for index, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + index)
-            pipeline(
+            draw(
+                pipeline,
                 prompt,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                latents_size=size.latents,
+                steps=steps,
+                guidance=guidance,
                 generator=generator,
                 output_type="latent",
                 callback_on_step_end=_each_step(on_step),
@@ -83,6 +94,7 @@ def measure_ranges(
         scheduler=scheduler,
         guidance=guidance,
         seed=seed,
+        size=None if height is width is None else size.image,
     )
     return Ranges(
         fingerprint=checkpoint.component(family.denoiser_folder).fingerprint,

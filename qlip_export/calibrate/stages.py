@@ -34,11 +34,12 @@ from qlip_export.calibrate.quality import (
 from qlip_export.calibrate.ranges import hash_of, measure_ranges
 from qlip_export.calibrate.trajectories import Trajectories, record
 from qlip_export.calibrate.weights import blocks_of, learn_rounding, quantized_weights
-from qlip_export.capture import denoiser_family
+from qlip_export.capture import denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.features import FeatureExtractor, has_vision_tower, images_of, joined
 from qlip_export.files import content_key, sha256_of, written_aside
+from qlip_export.pipelines import pipeline_of
 from qlip_export.policy.store import (
     Policy,
     PolicyRecipe,
@@ -92,6 +93,12 @@ class Calibration:
         self._folder = folder
         self._family = denoiser_family(checkpoint)
         self._progress: Progress
+        self._kind = pipeline_of(self._family.name)
+        self._scheduler = options.scheduler or self._kind.scheduler
+        own = self._kind.guidance(checkpoint.index).scale
+        self._guidance = own if options.guidance is None else options.guidance
+        size = shapes_of(checkpoint, batch_size=1, height=options.height, width=options.width).size.image
+        self._size = None if options.height is options.width is None else size
         self._reused: list[str] = []
         self._measured: dict[str, float] = {}
 
@@ -146,6 +153,11 @@ class Calibration:
         return self._checkpoint.component(self._family.denoiser_folder).fingerprint
 
     @property
+    def _quality_encoder(self) -> str:
+        """Fingerprint of the text encoder whose pooled embedding T2Q reads."""
+        return self._checkpoint.component(self._kind.quality_encoder).fingerprint
+
+    @property
     def _latencies(self) -> Path:
         return self._folder / "latency.json"
 
@@ -157,9 +169,10 @@ class Calibration:
             prompts_sha256=hash_of(prompts),
             prompts=len(prompts),
             steps=options.steps,
-            scheduler=options.scheduler,
-            guidance=options.guidance,
+            scheduler=self._scheduler,
+            guidance=self._guidance,
             seed=options.seed,
+            size=self._size,
         )
         settings = {"fingerprint": self.denoiser, "recipe": recipe.model_dump()}
         if self._is_there("ranges", path, settings, lambda: Ranges.load(path)):
@@ -169,9 +182,11 @@ class Calibration:
             self._checkpoint,
             prompts,
             steps=options.steps,
-            scheduler=options.scheduler,
-            guidance=options.guidance,
+            scheduler=self._scheduler,
+            guidance=self._guidance,
             seed=options.seed,
+            height=options.height,
+            width=options.width,
             device=options.device,
             on_step=lambda: self._progress.item(""),
         )
@@ -191,17 +206,18 @@ class Calibration:
             "prompts_sha256": hash_of(prompts),
             "samples": samples,
             "steps": options.steps,
-            "scheduler": options.scheduler,
-            "guidance": options.guidance,
+            "scheduler": self._scheduler,
+            "guidance": self._guidance,
             "iterations": options.iterations or SIZES.weight_iterations,
             "batch": min(SIZES.weight_batch, samples),
             "seed": options.seed,
+            "size": self._size,
         }
         if self._is_there("weights", path, settings, lambda: LearnedRounding.load(path).recipe):
             return path
         simulator = self.simulator()
         trajectories = self.record(simulator, prompts)
-        self._progress.stage("weights", len(blocks_of(simulator.denoiser)))
+        self._progress.stage("weights", len(blocks_of(simulator)))
         learned = learn_rounding(
             simulator,
             trajectories,
@@ -232,7 +248,7 @@ class Calibration:
         reference = self._reference
         features = None if reference is None else hashlib.sha256(reference.tobytes()).hexdigest()
         settings = {
-            "text_encoder": self._checkpoint.component("text_encoder").fingerprint,
+            "text_encoder": self._quality_encoder,
             "denoiser": self.denoiser,
             "criterion": criterion,
             "prompts": len(prompts),
@@ -240,9 +256,10 @@ class Calibration:
             "reference": None if reference is None else len(reference),
             "reference_sha256": features,
             "steps": options.steps,
-            "scheduler": options.scheduler,
-            "guidance": options.guidance,
+            "scheduler": self._scheduler,
+            "guidance": self._guidance,
             "seed": options.seed,
+            "size": self._size,
             "mixture": MIXTURE if criterion == "quality" else None,
             "epochs": SIZES.epochs,
         }
@@ -277,7 +294,7 @@ class Calibration:
         options = self._options
         quality = Quality.load(self._folder, options.criterion)
         quality.check(
-            self._checkpoint.component("text_encoder").fingerprint,
+            self._quality_encoder,
             Quality.path(self._folder, options.criterion),
         )
         name = policy_name(
@@ -302,14 +319,15 @@ class Calibration:
             "steps": options.steps,
             "groups": options.groups,
             "forced_steps": options.forced_steps,
-            "scheduler": options.scheduler,
-            "guidance": options.guidance,
+            "scheduler": self._scheduler,
+            "guidance": self._guidance,
             "prompts": len(prompts),
             "prompts_sha256": hash_of(prompts),
             "iterations": iterations,
             "batch": batch,
             "learning_rate": LEARNING_RATE,
             "seed": options.seed,
+            "size": self._size,
             "target_fab": options.target_fab,
             "ranges_sha256": sha256_of(self._folder / "ranges.json"),
             "weights": sha256_of(rounding) if rounding.is_file() else "nearest",
@@ -375,8 +393,10 @@ class Calibration:
             self._checkpoint,
             device=options.device,
             ranges=ranges,
-            scheduler=options.scheduler,
+            scheduler=self._scheduler,
             steps=options.steps,
+            height=options.height,
+            width=options.width,
         )
         if quantized:
             rounding = self._folder / "weights.safetensors"
@@ -395,7 +415,7 @@ class Calibration:
         return record(
             simulator,
             prompts,
-            guidance=self._options.guidance,
+            guidance=self._guidance,
             seed=self._options.seed,
             batch_size=size,
             on_batch=lambda: self._progress.item(""),
@@ -426,12 +446,12 @@ class Calibration:
         key = content_key(
             "drawn",
             self.denoiser,
-            self._checkpoint.component("text_encoder").fingerprint,
+            "".join(self._checkpoint.component(e.name).fingerprint for e in self._kind.text_encoders),
             self._checkpoint.component("vae").fingerprint,
             hash_of(prompts),
             options.steps,
-            options.scheduler,
-            options.guidance,
+            self._scheduler,
+            self._guidance,
             options.seed,
         )
         # Images drawn for another criterion will do, if that needed features or this one does not.
@@ -454,7 +474,7 @@ class Calibration:
             lambda images: (
                 torch.from_numpy(extractor(images)["embedding"]) if extractor else torch.empty(len(images), 0)
             ),
-            guidance=options.guidance,
+            guidance=self._guidance,
             seed=options.seed,
             batch_size=options.batch_size,
             on_images=lambda _: self._progress.item(""),

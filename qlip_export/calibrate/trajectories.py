@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlip_export.noise import seeded_noise
-from qlip_export.simulate import Simulator
+from qlip_export.simulate import Simulator, paired
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,21 @@ class Trajectories:
         inputs: (P, S, C, H, W) float16, the denoiser's inputs.
         predictions: (P, S, C, H, W) float16, the guided full-precision predictions.
         timesteps: (S,) float32.
-        states: (P, length, width) float16, the prompts' text states.
-        empty: (1, length, width) float16, those of the empty prompt.
-        guidance: Classifier-free guidance scale.
+        states: (P, ...) float16, what the denoiser is given of the prompts.
+        empty: (1, ...) float16, the same of no prompt; ``None`` where guidance is not classifier-free.
+        guidance: Guidance scale.
     """
 
     inputs: Tensor
     predictions: Tensor
     timesteps: Tensor
     states: Tensor
-    empty: Tensor
+    empty: Tensor | None
     guidance: float
 
     def both_states(self, prompts: Tensor) -> Tensor:
-        """Return text states for classifier-free guidance, (2N, length, width), the empty half first."""
-        states = self.states[prompts]
-        return torch.cat([self.empty.expand_as(states), states])
+        """Return the states of prompts for a guided prediction, see `paired`."""
+        return paired(self.empty, self.states[prompts])
 
 
 def record(
@@ -53,12 +52,12 @@ def record(
     Args:
         simulator: With the full-precision weights.
         prompts: One run each.
-        guidance: Classifier-free guidance scale.
+        guidance: Guidance scale.
         seed: Of the initial noise; prompt i uses ``seed + i``.
         batch_size: Prompts at a time.
         on_batch: Called after each batch.
     """
-    encoded, empty = simulator.encode(prompts), simulator.encode([""]).states
+    encoded, empty = simulator.encode(prompts), simulator.empty
     inputs, predictions, timesteps = [], [], []
     for start in range(0, len(prompts), batch_size):
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -72,7 +71,7 @@ def record(
         ) -> None:
             seen.append((x.half(), timestep.float(), prediction.half()))
 
-        simulator.sample(torch.cat([empty.expand_as(part), part]), noise, guidance, on_step=keep)
+        simulator.sample(paired(empty, part), noise, guidance, on_step=keep)
         inputs.append(torch.stack([x for x, _, _ in seen], 1))
         predictions.append(torch.stack([p for _, _, p in seen], 1))
         timesteps = [t for _, t, _ in seen]
@@ -82,6 +81,6 @@ def record(
         predictions=torch.cat(predictions),
         timesteps=torch.stack(timesteps),
         states=encoded.states.half(),
-        empty=empty.half(),
+        empty=None if empty is None else empty.half(),
         guidance=guidance,
     )

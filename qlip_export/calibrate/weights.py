@@ -25,7 +25,12 @@ from qlip_export.quant.rounding import floor_codes
 from qlip_export.quant.weights import WeightQuantizer, code_range, round_to_nearest
 from qlip_export.simulate import Simulator
 
-BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
+BLOCKS = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)
 """Classes reconstructed as a whole; all other layers are reconstructed one by one."""
 
 STRETCH = (-0.1, 1.1)
@@ -85,7 +90,9 @@ def learn_rounding(
     # Learning needs FP32; the quantized copy is the one whose weights change.
     reference = copy.deepcopy(simulator.denoiser).float()
     quantized = copy.deepcopy(reference)
-    model_inputs = _sample_inputs(trajectories, samples)
+    latents, timesteps, states = _sample_inputs(trajectories, samples)
+    model_inputs = [latents, timesteps, *simulator.inputs(states, trajectories.guidance)]
+    calls = {id(model): simulator.callable(model) for model in (reference, quantized)}
     layers = {n: m for n, m in quantized.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     names = {id(m): n for n, m in layers.items()}
     up: dict[str, NDArray[np.bool_]] = {}
@@ -98,11 +105,11 @@ def learn_rounding(
         # Those of the checkpoint, which the build rounds; on a GPU the denoiser holds them in FP16.
         return torch.from_numpy(component.get(f"{layer}.weight").astype(np.float32))
 
-    for name in blocks_of(quantized):
+    for name in blocks_of(simulator):
         on_block(name)
         block = quantized.get_submodule(name)
-        targets = _collect(reference, name, model_inputs, batch, outputs=True)
-        inputs = _collect(quantized, name, model_inputs, batch, outputs=False)
+        targets = _collect(reference, calls[id(reference)], name, model_inputs, batch, outputs=True)
+        inputs = _collect(quantized, calls[id(quantized)], name, model_inputs, batch, outputs=False)
         inside = {f"{n}.weight" if n else "weight": m for n, m in block.named_modules() if id(m) in names}
         learned = {
             key: _Rounding(names[id(m)], weights(names[id(m)]).to(m.weight.device), bits)
@@ -140,8 +147,9 @@ def quantized_weights(
     }
 
 
-def blocks_of(denoiser: nn.Module) -> list[str]:
+def blocks_of(simulator: Simulator) -> list[str]:
     """Return the names of the blocks to reconstruct, in the order in which they run."""
+    denoiser = simulator.denoiser
     found: list[str] = []
     for name, module in denoiser.named_modules():
         if any(name.startswith(f"{block}.") for block in found):
@@ -153,14 +161,9 @@ def blocks_of(denoiser: nn.Module) -> list[str]:
         denoiser.get_submodule(name).register_forward_pre_hook(lambda _m, _a, name=name: order.append(name))
         for name in found
     ]
-    config: Any = denoiser.config
-    parameter = next(denoiser.parameters())
+    latents = torch.zeros(1, *simulator.latents_shape, device=simulator.device)
     with torch.no_grad():
-        denoiser(
-            parameter.new_zeros(1, config.in_channels, config.sample_size, config.sample_size),
-            parameter.new_zeros(1),
-            parameter.new_zeros(1, 1, config.cross_attention_dim),
-        )
+        simulator.predict(latents, latents.new_zeros(1), simulator.encode([""]).states)
     for handle in handles:
         handle.remove()
     return order
@@ -218,8 +221,10 @@ def _sample_inputs(trajectories: Trajectories, samples: int) -> tuple[Tensor, Te
     number = torch.arange(samples, device=device)
     # Every step equally often, with the empty prompt every other time; prompts at random.
     step, prompt = number % steps, torch.randint(prompts, (samples,), device=device)
-    empty = (step + number // steps) % 2 == 0
-    states = torch.where(empty.view(-1, 1, 1), trajectories.empty, trajectories.states[prompt])
+    states = trajectories.states[prompt]
+    if trajectories.empty is not None:
+        empty = (step + number // steps) % 2 == 0
+        states = torch.where(empty.view(-1, *[1] * (states.ndim - 1)), trajectories.empty, states)
     return trajectories.inputs[prompt, step], trajectories.timesteps[step], states
 
 
@@ -233,7 +238,13 @@ class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is n
 
 @torch.no_grad()
 def _collect(
-    model: nn.Module, name: str, model_inputs: tuple[Tensor, Tensor, Tensor], batch: int, *, outputs: bool
+    model: nn.Module,
+    called: nn.Module,
+    name: str,
+    model_inputs: Sequence[Tensor],
+    batch: int,
+    *,
+    outputs: bool,
 ) -> Any:
     """Run ``model`` over its inputs up to a block; return the block's stacked outputs, or its calls."""
     found: list[Any] = []
@@ -242,8 +253,8 @@ def _collect(
         found.append((args, kwargs))
         raise _Reached
 
-    def after(_: nn.Module, args: Any, output: Tensor) -> None:
-        found.append(output.half())
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        found.append(_joined(output).half())
         raise _Reached
 
     module = model.get_submodule(name)
@@ -253,9 +264,8 @@ def _collect(
         else module.register_forward_pre_hook(before, with_kwargs=True)
     )
     for part in _batches(len(model_inputs[0]), max(batch, 64)):
-        latents, timesteps, states = (t[part].float() for t in model_inputs)
         try:
-            model(latents, timesteps, states, return_dict=False)
+            called(*(t[part].float() for t in model_inputs))
         except _Reached:
             continue
     handle.remove()
@@ -279,8 +289,13 @@ def _collect(
 
 def _run(block: nn.Module, weights: dict[str, Tensor], calls: _Calls, index: Any) -> Tensor:
     args, kwargs = calls.rebuild([t[index].float() for t in calls.tensors])
-    output: Tensor = torch.func.functional_call(block, weights, args, kwargs)
-    return output
+    return _joined(torch.func.functional_call(block, weights, args, kwargs))
+
+
+def _joined(output: Any) -> Tensor:
+    """Return a block's output; text and image tokens (N, tokens, width) that it returns apart are joined."""
+    joined: Tensor = output if isinstance(output, Tensor) else torch.cat(output, 1)
+    return joined
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ def report(
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=24, help="Prompts that are drawn.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed; prompt i uses SEED + i.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale.", show_default="the model family's own")
+    ] = None,
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="Draw in FP32 with diffusers too.")
     ] = True,

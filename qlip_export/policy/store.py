@@ -42,6 +42,9 @@ class QualityRecipe(Frozen):
     scheduler: str
     guidance: float
     seed: int
+    size: tuple[int, int] | None = Field(
+        default=None, description="height and width of the images, pixels; none: the model's own"
+    )
     low: float = Field(description="raw label that became 0")
     high: float = Field(description="raw label that became 1")
     mixture: int | None = Field(description="Gaussians of GIQA's mixture; none for other criteria")
@@ -74,6 +77,9 @@ class PolicyRecipe(Frozen):
     batch: int
     learning_rate: float
     seed: int
+    size: tuple[int, int] | None = Field(
+        default=None, description="height and width of the images, pixels; none: the model's own"
+    )
     lambda_bit: float = Field(description="as it was at the end")
     target_fab: float | None = Field(description="FAB that lambda_bit was steered to, if any")
     ranges_sha256: str | None = Field(None, description="of the ranges' file; trainer 1 did not say")

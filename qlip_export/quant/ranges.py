@@ -28,6 +28,9 @@ class Recipe(Frozen):
     scheduler: str
     guidance: float
     seed: int
+    size: tuple[int, int] | None = Field(
+        default=None, description="height and width of the images, pixels; none: the model's own"
+    )
     method: str = "mse"
 
 

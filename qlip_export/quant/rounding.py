@@ -35,6 +35,9 @@ class RoundingRecipe(Frozen):
     iterations: int
     batch: int
     seed: int
+    size: tuple[int, int] | None = Field(
+        default=None, description="height and width of the images, pixels; none: the model's own"
+    )
     flipped: float = Field(description="share of weights not rounded to the nearest code")
     error_nearest: float = Field(description="relative squared error of block outputs, round to nearest")
     error_learned: float = Field(description="the same with learned rounding")

@@ -45,7 +45,7 @@ class ReportOptions(Frozen):
     prompts: Path | None = Field(default=None, description="the model's own, or generic, if absent")
     images: int = Field(default=8, ge=1, le=24, description="prompts that are drawn")
     seed: int = Field(default=0, ge=0)
-    guidance: float = Field(default=4.0, allow_inf_nan=False)
+    guidance: float | None = Field(default=None, allow_inf_nan=False, description="the model's own if absent")
     backend: str = "auto"
     reference: bool = Field(default=True, description="draw in FP32 with diffusers too")
     parity: bool = Field(default=True, description="validate the bundle")
@@ -214,9 +214,8 @@ def _references(
         progress.item(prompt[:40])
         noise = _noise(bundle, options.seed + i)
         started = time.perf_counter()
-        image = reference_image(
-            pipeline, prompt, noise, steps=sampler.requested_steps, guidance=options.guidance
-        )
+        guidance = bundle.guidance(options.guidance)
+        image = reference_image(pipeline, prompt, noise, steps=sampler.requested_steps, guidance=guidance)
         found.append(Drawing("FP32, diffusers", image, None, 32.0, time.perf_counter() - started, False))
     return found
 

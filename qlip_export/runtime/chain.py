@@ -73,20 +73,22 @@ class Chain:
             if value == name:
                 self._backend.write(buffer, array)
 
-    def held(self, name: str) -> NDArray[np.float32]:
-        """Return what `hold` was last given for ``name``."""
-        return self._held[name]
+    @property
+    def held(self) -> dict[str, NDArray[np.float32]]:
+        """What `hold` was last given, by name."""
+        return dict(self._held)
 
     def step(self, latents: NDArray[np.float32], timestep: float, pattern: Pattern) -> NDArray[np.float32]:
         """Run the denoiser once.
 
         Args:
-            latents: (2N, C, H, W) float32, unconditional half first.
+            latents: (rows, C, H, W) float32; two rows an image where guidance is classifier-free, the
+                unconditional half first.
             timestep: As the sampler table gives it.
             pattern: Variant of every block; its engines must be loaded.
 
         Returns:
-            The prediction, (2N, C, H, W) float32.
+            The prediction, (rows, C, H, W) float32.
         """
         for (name, _), buffer in self._buffers.items():
             if name == "latents":

@@ -18,10 +18,10 @@ from qlip_export.bundle import Bundle, ComponentEntry, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
 from qlip_export.runtime.chain import Chain, Pattern
+from qlip_export.runtime.conditioning import Conditioner
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from qlip_export.runtime.targets import Target, choose_target
-from qlip_export.runtime.tokenizer import PromptTokenizer
 
 OnStep = Callable[[int, int], None]
 """Called after each denoiser step with the number of steps done and the total."""
@@ -62,8 +62,8 @@ class TextToImage:
         self.target = target
         self.backend = target.backend
         self.chain = Chain(bundle, target)
-        self._tokenizer = PromptTokenizer(bundle)
-        self._text_encoder = _Component(bundle, bundle.manifest.text_encoder, target)
+        encoders = {e.name: _Component(bundle, e, target) for e in bundle.manifest.text_encoders}
+        self._conditioner = Conditioner(bundle, encoders)
         self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, target)
         policy = bundle.manifest.policy
         self._policy = _Component(bundle, policy, target) if policy else None
@@ -94,7 +94,7 @@ class TextToImage:
         negative_prompt: str | None = None,
         seed: int | None = None,
         latents: NDArray[np.float32] | None = None,
-        guidance: float = 4.0,
+        guidance: float | None = None,
         bits: int | None = None,
         on_step: OnStep | None = None,
         on_image: OnImage | None = None,
@@ -106,22 +106,23 @@ class TextToImage:
 
         Args:
             prompt: One prompt or several.
-            negative_prompt: What to steer away from; empty by default.
+            negative_prompt: What to steer away from; nothing by default, as the model was trained to say it.
             seed: Seed of the first image; image i uses ``seed + i``. Drawn at random if absent.
             latents: Initial noise instead of a seed, (N, C, H, W) float32 of unit variance.
-            guidance: Classifier-free guidance scale.
+            guidance: Guidance scale; the model's own by default.
             bits: Activation bits of all blocks at all steps, instead of the policy's choice.
             on_step: Progress callback.
             on_image: Called as soon as an image is made.
 
         Raises:
-            QlipError: No prompt, latents of another shape, or bits that are not in the bundle.
+            QlipError: No prompt, latents of another shape, bits that are not in the bundle, or a negative
+                prompt or a guidance scale that the model has no use for.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise QlipError("the list of prompts is empty", fix="give at least one prompt")
-        if not np.isfinite(guidance):
-            raise QlipError("the guidance scale is not finite", expected="a number", found=str(guidance))
+        self._conditioner.check(negative_prompt)
+        scale = self.bundle.guidance(guidance)
         shape = (len(prompts), *self.bundle.manifest.shapes.latents[1:])
         seeds: list[int | None] = [None] * len(prompts)
         if latents is None:
@@ -152,8 +153,8 @@ class TextToImage:
                     prompts[start : start + size],
                     seeds[start : start + size],
                     noise[start : start + size],
-                    negative_prompt or "",
-                    float(guidance),
+                    negative_prompt,
+                    scale,
                     bits,
                     result,
                     report,
@@ -174,8 +175,7 @@ class TextToImage:
         with self._lock:
             for start in range(0, len(prompts), size):
                 part = list(prompts[start : start + size])
-                tokens = self._tokenizer([""] * size + part + part[-1:] * (size - len(part)))
-                pooled = self._text_encoder(input_ids=tokens.ids)["pooled"][size:]
+                pooled = self._conditioner.pooled(part + part[-1:] * (size - len(part)))
                 found += [float(q) for q in self._policy(pooled=pooled)["quality"][: len(part)]]
         return found
 
@@ -184,7 +184,7 @@ class TextToImage:
         prompts: list[str],
         seeds: list[int | None],
         noise: NDArray[np.float32],
-        negative: str,
+        negative: str | None,
         guidance: float,
         bits: int | None,
         result: Generation,
@@ -195,26 +195,26 @@ class TextToImage:
         count, size = len(prompts), self.bundle.manifest.shapes.batch_size
         padding = size - count  # the engines' batch is static: the last batch repeats its last prompt
         noise = np.concatenate([noise, np.repeat(noise[-1:], padding, axis=0)])
-        tokens = self._tokenizer([negative] * size + prompts + prompts[-1:] * padding)
-        self._warn_of_cuts("negative prompt", [negative], tokens.cut[:1], result.warnings)
-        self._warn_of_cuts("prompt", prompts, tokens.cut[size : size + count], result.warnings)
-        encoded = self._text_encoder(input_ids=tokens.ids)
+        conditioned = self._conditioner(prompts + prompts[-1:] * padding, negative, guidance, count)
+        result.warnings += [w for w in conditioned.warnings if w not in result.warnings]
         if bits is None and self._policy is not None:
             self._policy.load()
         deciding = time.perf_counter()
-        qualities, patterns = self._decide(encoded["pooled"][size:], count, bits)
+        qualities, patterns = self._decide(conditioned.pooled, count, bits)
         decided = time.perf_counter()
         self.chain.load(dict.fromkeys(patterns))
-        self.chain.hold("text", encoded["text"])
+        for name, array in conditioned.inputs.items():
+            self.chain.hold(name, array)
         loaded = time.perf_counter()
         sampler = Sampler(self.bundle.manifest.sampler)
         sampler.start(noise)
+        pair = self.bundle.manifest.guidance.rows
         seconds: list[float] = []
         for pattern in patterns:
             before = time.perf_counter()
-            latents = sampler.denoiser_input()
-            prediction = self.chain.step(np.concatenate([latents, latents]), sampler.timestep, pattern)
-            sampler.step(guided(prediction[:size], prediction[size:], guidance))
+            rows = np.concatenate([sampler.denoiser_input()] * pair)
+            prediction = self.chain.step(rows, sampler.timestep, pattern)
+            sampler.step(guided(prediction[:size], prediction[size:], guidance) if pair > 1 else prediction)
             seconds.append(time.perf_counter() - before)
             report(len(seconds))
         decoding = time.perf_counter()
@@ -264,17 +264,6 @@ class TextToImage:
             return [None] * count, [uniform] * len(self.bundle.manifest.sampler.steps)
         qualities = [float(q) for q in self._policy(pooled=pooled)["quality"][:count]]
         return [*qualities], self._schedule(qualities)
-
-    def _warn_of_cuts(
-        self, what: str, texts: Sequence[str], cuts: Sequence[str], warnings: list[str]
-    ) -> None:
-        for text, cut in zip(texts, cuts, strict=True):
-            warning = (
-                f"the {what} is longer than the text encoder takes "
-                f"({self.bundle.manifest.shapes.text_length} tokens); cut: {cut!r} (of {text[:40]!r}...)"
-            )
-            if cut and warning not in warnings:
-                warnings.append(warning)
 
 
 class _Component:

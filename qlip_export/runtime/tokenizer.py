@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from qlip_export.bundle import Bundle
+from qlip_export.bundle import Bundle, TokenizerEntry
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,10 @@ class TokenizedPrompts:
 
 
 class PromptTokenizer:
-    """The tokenizer of a bundle."""
+    """The tokenizer of one of a bundle's text encoders."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Load `tokenizer.json`, pad and truncate to the text encoder's length."""
-        entry = bundle.manifest.tokenizer
+    def __init__(self, bundle: Bundle, entry: TokenizerEntry) -> None:
+        """Load its JSON file, pad and truncate to the text encoder's length."""
         self._tokenizer = Tokenizer.from_file(str(bundle.file(entry.path)))
         self._tokenizer.enable_truncation(entry.max_length)
         self._tokenizer.enable_padding(length=entry.max_length, pad_id=entry.pad_id)

@@ -49,6 +49,7 @@ class ToySimulator:
     denoiser: Toy
     thresholds: dict[str, float]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rows: int = 2
 
     @cached_property
     def layers(self) -> tuple[str, ...]:

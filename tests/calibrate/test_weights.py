@@ -56,7 +56,7 @@ def stored(rounded: tuple[Rounded, Any], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_layer_lies_in_one_block_in_the_order_of_the_run(simulator: Simulator) -> None:
-    blocks = blocks_of(simulator.denoiser)
+    blocks = blocks_of(simulator)
     assert blocks[0] == "time_embedding.linear_1" and blocks[-1] == "conv_out"
     assert blocks.index("conv_in") < blocks.index("down_blocks.0.resnets.0")
     assert blocks.index("down_blocks.2.resnets.0") < blocks.index("up_blocks.0.resnets.0")
