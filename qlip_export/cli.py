@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qlip_export.backends import BACKENDS
+from qlip_export.commands.demo import demo
 from qlip_export.commands.plan import plan
 from qlip_export.commands.report import report
 from qlip_export.errors import QlipError
@@ -666,6 +667,7 @@ def quickstart(
 
 
 app.command()(report)
+app.command()(demo)
 
 
 def main() -> NoReturn:
@@ -709,6 +711,7 @@ _EXTRAS = {
     ),
     "evaluate": ("torchmetrics", "sklearn", "scipy", "threadpoolctl"),
     "report": ("plotly", "jinja2"),
+    "demo": ("gradio",),
 }
 """Packages that a command may lack, by the extra that brings them."""
 

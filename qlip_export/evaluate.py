@@ -174,9 +174,7 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         )
     seconds: dict[str, NDArray[np.float64]] = {}
     if "latency" in metrics and isinstance(renderer, EngineRenderer):
-        progress.stage("time", 1)
-        progress.item(f"{', '.join(names)} in turn")
-        seconds = session.seconds(renderer, names)
+        seconds = session.seconds(renderer, names, progress)
     progress.stage("intervals", len(names))
     draws = {}
     for name in names:
@@ -261,10 +259,13 @@ class _Session:
             _write(measured, folder / f"{name}.safetensors", key)
         return measured
 
-    def seconds(self, renderer: EngineRenderer, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    def seconds(
+        self, renderer: EngineRenderer, names: Sequence[str], progress: Progress
+    ) -> dict[str, NDArray[np.float64]]:
         """Return seconds of an image, on the first prompts."""
         few = self._prompts[:TIMED]
-        return renderer.seconds(names, few, self._latents[:TIMED], self._guidance)
+        progress.stage("time", len(names) * (-(-len(few) // renderer.batch_size) + 1))
+        return renderer.seconds(names, few, self._latents[:TIMED], self._guidance, progress.item)
 
 
 def _read(path: Path, key: str) -> Measured | None:

@@ -53,15 +53,16 @@ class Silent(Progress):
 
 
 class Plain(Progress):
-    """A line per stage, and one every ten seconds: for logs and pipes."""
+    """A line per stage, and one every ten seconds with the time left: for logs and pipes."""
 
     def __init__(self) -> None:
         """Print to stderr."""
-        self._name, self._total, self._done, self._printed = "", 0, 0, 0.0
+        self._name, self._total, self._done, self._printed, self._began = "", 0, 0, 0.0, 0.0
 
     def stage(self, name: str, total: int) -> None:
         """See `Progress.stage`."""
-        self._name, self._total, self._done, self._printed = name, total, 0, time.monotonic()
+        self._name, self._total, self._done = name, total, 0
+        self._began = self._printed = time.monotonic()
         print(f"{name} ({total})", file=sys.stderr, flush=True)
 
     def item(self, detail: str) -> None:
@@ -71,9 +72,13 @@ class Plain(Progress):
 
     def detail(self, text: str) -> None:
         """See `Progress.detail`."""
-        if time.monotonic() - self._printed > 10:
-            self._printed = time.monotonic()
-            print(f"{self._name}: {self._done}/{self._total} {text}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - self._printed > 10:
+            self._printed = now
+            finished = self._done - 1
+            left = (now - self._began) / finished * (self._total - finished) if finished > 0 else 0
+            about = f", about {left:.0f} s left" if left > 0 else ""
+            print(f"{self._name}: {self._done}/{self._total}{about} {text}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
@@ -81,7 +86,7 @@ class Plain(Progress):
 
 
 class Live(Progress):
-    """A bar for each stage, with the item at work and the time left."""
+    """A bar for each stage, with the item at work and the time left; no colours where NO_COLOR is set."""
 
     def __init__(self) -> None:
         """Draw on stderr."""

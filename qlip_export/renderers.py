@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -51,7 +51,11 @@ class Renderer(ABC):
 
 
 class EngineRenderer(Renderer):
-    """The engines of the bundle."""
+    """The engines of the bundle.
+
+    Attributes:
+        batch_size: That of the engines.
+    """
 
     def __init__(self, bundle: Bundle, backend: str = "auto") -> None:
         """Load nothing yet but the bundle's small parts.
@@ -61,13 +65,14 @@ class EngineRenderer(Renderer):
         """
         self._pipeline = TextToImage.load(bundle.root, backend=backend)
         self.target = self._pipeline.target.name
+        self.batch_size = self._pipeline.bundle.manifest.shapes.batch_size
 
     def draw(
         self, configuration: str, prompts: Sequence[str], latents: NDArray[np.float32], guidance: float
     ) -> Iterator[Batch]:
         """See `Renderer.draw`."""
         bits = None if configuration == POLICY else int(configuration)
-        size = self._pipeline.bundle.manifest.shapes.batch_size
+        size = self.batch_size
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             made = self._pipeline(list(prompts[part]), latents=latents[part], guidance=guidance, bits=bits)
@@ -81,18 +86,21 @@ class EngineRenderer(Renderer):
         prompts: Sequence[str],
         latents: NDArray[np.float32],
         guidance: float,
+        on_image: Callable[[str], None] = lambda name: None,
     ) -> dict[str, NDArray[np.float64]]:
         """Time every configuration on every batch of ``prompts``: seconds of an image, (batches,) each.
 
         Configurations take turns, every other batch backwards, so that what disturbs the machine for a while
         disturbs all of them. The first batch is drawn once more and not counted: it loads engines.
+        ``on_image`` is called with the name of a configuration before it draws a batch.
         """
-        size = self._pipeline.bundle.manifest.shapes.batch_size
+        size = self.batch_size
         found: dict[str, list[float]] = {name: [] for name in configurations}
         starts = range(0, len(prompts), size)
         for turn, start in enumerate([0, *starts]):
             part = slice(start, start + size)
             for name in list(configurations) if turn % 2 else list(reversed(configurations)):
+                on_image(name)
                 bits = None if name == POLICY else int(name)
                 before = time.perf_counter()
                 made = self._pipeline(

@@ -86,7 +86,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parity": {"files"},
     "validate": {"*", "-cli"},
     "quickstart": {"*", "-cli"},
+    "bitmap": {"bundle"},
     "report": {"*", "-cli", "-commands"},
+    "demo": {"spec", "bundle", "bitmap", "runtime", "prompts", "zoo", "report.policy"},
     "commands": {"*", "-cli"},
     "memory": {"spec", "bundle"},
     "display": {"spec", "bundle", "memory", "metrics", "evaluate", "validate", "build"},
@@ -145,6 +147,7 @@ LIBRARIES: dict[str, set[str]] = {
     "polygraphy": {"lazy:parity"},
     "plotly": {"report"},
     "jinja2": {"report"},
+    "gradio": {"demo.page"},
 }
 
 # What running a bundle loads, and what it must never load.

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any
 
 import plotly.graph_objects as go
 from pydantic import Field
 
+from qlip_export.bitmap import PALETTE, BitMap, colour
 from qlip_export.report.policy import PolicyStatistics
 from qlip_export.spec import Frozen
 
-PALETTE = ("#7fc8f8", "#ffd166", "#f9844a", "#c2255c")
-"""From few bits to many; told apart by the colour-blind, and readable on white and on black."""
 LINE = "#4c8dd6"
 
 
@@ -26,25 +23,16 @@ class Chart(Frozen):
     table: tuple[tuple[str, ...], ...] = Field(description="the same numbers, a heading first")
 
 
-def colour(bits: float, options: Sequence[int]) -> str:
-    """Return the colour of a bit option."""
-    rank = bisect_left(options, bits)
-    return PALETTE[round(rank * (len(PALETTE) - 1) / max(1, len(options) - 1))]
-
-
-def bit_map(name: str, record: dict[str, Any], quantized: Sequence[bool], options: Sequence[int]) -> Chart:
+def heatmap(name: str, drawn: BitMap, options: Sequence[int]) -> Chart:
     """Draw the bits of every block (a row) at every step (a column).
 
     Args:
         name: Unique within the page.
-        record: What the run time tells of a run: ``bits[step][block]`` and ``blocks``.
-        quantized: For each block, whether any layer in it follows the bit options; others are left out.
+        drawn: The bits of a run.
         options: All bits that may occur, increasing.
     """
-    kept = [i for i, follows in enumerate(quantized) if follows]
-    blocks = [record["blocks"][i] for i in kept]
-    rows = [[step[i] for step in record["bits"]] for i in kept]
-    steps = list(range(1, len(record["bits"]) + 1))
+    blocks, rows = drawn.blocks, drawn.rows
+    steps = list(range(1, len(rows[0]) + 1))
     edges = [i / len(options) for i in range(len(options) + 1)]
     scale = [
         [edge, colour(bits, options)] for i, bits in enumerate(options) for edge in (edges[i], edges[i + 1])
@@ -52,9 +40,10 @@ def bit_map(name: str, record: dict[str, Any], quantized: Sequence[bool], option
     figure = go.Figure(
         go.Heatmap(
             z=[[bisect_left(options, bits) for bits in row] for row in rows],
-            text=rows,
+            text=[[f"{bits:.0f}" for bits in row] for row in rows],
+            customdata=rows,
             texttemplate="%{text}" if len(steps) <= 30 and len(rows) <= 40 else None,
-            hovertemplate="%{y}, step %{x}: %{text} bits<extra></extra>",
+            hovertemplate="%{y}, step %{x}: %{customdata} bits<extra></extra>",
             x=steps,
             y=blocks,
             colorscale=scale,
@@ -67,21 +56,10 @@ def bit_map(name: str, record: dict[str, Any], quantized: Sequence[bool], option
     )
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(title="step", dtick=5, tick0=0)
-    table = (("block", *map(str, steps)), *((b, *map(str, row)) for b, row in zip(blocks, rows, strict=True)))
-    alt = "; ".join(f"{block}: {_runs(row)}" for block, row in zip(blocks, rows, strict=True))
+    cells = ((b, *(f"{bits:g}" for bits in row)) for b, row in zip(blocks, rows, strict=True))
+    table = (("block", *map(str, steps)), *cells)
     height = 90 + 20 * len(rows)
-    return Chart(html=_html(figure, name, height), alt=f"Bits by block and step. {alt}.", table=table)
-
-
-def _runs(bits: Sequence[int]) -> str:
-    """Return bits of consecutive steps in words, e.g. `16 bits in steps 1 to 2, 8 in 3 to 25`."""
-    parts, start = [], 1
-    for value, run in groupby(bits):
-        length = len(list(run))
-        end = start + length - 1
-        parts.append(f"{value} in step {start}" if length == 1 else f"{value} in steps {start} to {end}")
-        start = end + 1
-    return ", ".join(parts)
+    return Chart(html=_html(figure, name, height), alt=drawn.words, table=table)
 
 
 def richness(statistics: PolicyStatistics) -> Chart:

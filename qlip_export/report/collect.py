@@ -280,9 +280,9 @@ def _decisions(
 def _engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, ...]:
     bundle = pipeline.bundle
     blocks = bundle.manifest.blocks
-    progress.stage("time", 1)
-    progress.item(f"{sum(len(block.variants) for block in blocks)} engines, {TIMING_REPEATS} times each")
-    times = pipeline.chain.time_blocks(TIMING_REPEATS)
+    progress.stage("time", TIMING_REPEATS + 1)
+    told = f"{sum(len(block.variants) for block in blocks)} engines in turn"
+    times = pipeline.chain.time_blocks(TIMING_REPEATS, lambda: progress.item(told))
     rows = []
     for block in blocks:
         for name, variant in block.variants.items():

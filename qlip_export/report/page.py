@@ -11,6 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from qlip_export.bitmap import bit_map, colour, options_of
 from qlip_export.errors import QlipError
 from qlip_export.files import explained_os_errors, written_aside
 from qlip_export.memory import account
@@ -81,10 +82,9 @@ def render(data: ReportData, quality: int | None = None) -> str:
     )
     manifest = data.bundle.manifest
     policy = manifest.policy
-    options = sorted({*manifest.bits, *(policy.table.options if policy else ())})
-    quantized = [any(layer.quantized for layer in block.layers) for block in manifest.blocks]
+    options = options_of(manifest)
     maps = [
-        charts.bit_map(f"map{i}", row.record, quantized, options) if policy else None
+        charts.heatmap(f"map{i}", bit_map(manifest, row.record), options) if policy else None
         for i, row in enumerate(data.rows)
     ]
     statistics = data.policy
@@ -92,7 +92,7 @@ def render(data: ReportData, quality: int | None = None) -> str:
         data=data,
         manifest=manifest,
         maps=maps,
-        legend=[(bits, charts.colour(bits, options)) for bits in options],
+        legend=[(bits, colour(bits, options)) for bits in options],
         richness=charts.richness(statistics) if statistics else None,
         shares=charts.shares(statistics, options) if statistics else None,
         batches=charts.batches(statistics) if statistics else None,

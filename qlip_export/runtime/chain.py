@@ -102,10 +102,13 @@ class Chain:
         result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
         return result
 
-    def time_blocks(self, repeats: int) -> dict[str, dict[str, float]]:
+    def time_blocks(
+        self, repeats: int, on_repeat: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
         """Return the median seconds of every variant of every block, on whatever its inputs hold.
 
-        The repeats are interleaved: what disturbs the machine for a while disturbs all of them.
+        The repeats are interleaved: what disturbs the machine for a while disturbs all of them. One more
+        comes first and is thrown away; ``on_repeat`` is called before each.
         """
         names = [[*block.variants] for block in self.blocks]
         most = max(map(len, names))
@@ -114,6 +117,7 @@ class Chain:
             (block.name, variant): [] for block in self.blocks for variant in block.variants
         }
         for repeat in range(repeats + 1):
+            on_repeat()
             for key, found in seconds.items():
                 engine = self._engines[key]
                 before = time.perf_counter()

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from qlip_export.bitmap import bit_map
+from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
 from qlip_export.progress import Silent
 from qlip_export.report import page as page_module
-from qlip_export.report.charts import bit_map
+from qlip_export.report.charts import heatmap
 from qlip_export.report.collect import ReportData, ReportOptions, collect
 from qlip_export.report.page import render, write_page
 from qlip_export.report.policy import ladder_levels, statistics, word_levels
@@ -121,13 +123,14 @@ def test_levels_of_richness(small: ReportData) -> None:
     assert [(level.label, level.q) for level in words] == [("1", (0.2,)), ("2", (0.1, 0.3))]
 
 
-def test_bit_map_in_words() -> None:
+def test_bit_map_in_words(bundle: Path) -> None:
     record = {"blocks": ["time", "stem", "out"], "bits": [[32, 16, 8], [32, 16, 8], [32, 8, 8]]}
-    chart = bit_map("map", record, [False, True, True], (8, 16))
-    assert chart.alt == (
+    drawn = bit_map(Bundle.open(bundle).manifest, record)
+    assert drawn.words == (
         "Bits by block and step. stem: 16 in steps 1 to 2, 8 in step 3; out: 8 in steps 1 to 3."
     )
-    assert chart.table == (("block", "1", "2", "3"), ("stem", "16", "16", "8"), ("out", "8", "8", "8"))
+    table = heatmap("map", drawn, (8, 16)).table
+    assert table == (("block", "1", "2", "3"), ("stem", "16", "16", "8"), ("out", "8", "8", "8"))
 
 
 def test_what_was_not_done_is_said(small: ReportData) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from qlip_export.bitmap import bit_map, colour, options_of
 from qlip_export.bundle import PolicyEntry
 from qlip_export.policy.store import Policy
 from qlip_export.policy.table import quality_probability
-from qlip_export.report.charts import colour
 from qlip_export.runtime import TextToImage
 from qlip_export.zoo import find_model
 
@@ -33,11 +33,8 @@ def choose_prompts(pipeline: TextToImage, prompts: list[str], count: int) -> lis
 
 def adaptive(pipeline: TextToImage, prompts: list[str]) -> Image.Image:
     """Draw each prompt at 16 and 8 bits and adaptively, with its map beside it."""
-    options = sorted(pipeline.bundle.manifest.bits)
+    options = options_of(pipeline.bundle.manifest)
     uniform = [bits for bits in reversed(options) if bits <= 16]
-    blocks = [
-        i for i, b in enumerate(pipeline.bundle.manifest.blocks) if any(layer.quantized for layer in b.layers)
-    ]
     side = pipeline.bundle.manifest.shapes.image[0]
     cell = (13, 13)
     steps = len(pipeline.bundle.manifest.sampler.steps)
@@ -59,8 +56,8 @@ def adaptive(pipeline: TextToImage, prompts: list[str]) -> Image.Image:
     for row, prompt in enumerate(prompts):
         top = HEAD + row * row_height
         made: list[tuple[Image.Image, dict[str, Any]]] = []
-        for bits in [*uniform, None]:
-            result = pipeline(prompt, seed=SEED, bits=bits)
+        for wanted in [*uniform, None]:
+            result = pipeline(prompt, seed=SEED, bits=wanted)
             made.append((result.images[0], result.records[0]))
         for column, (image, _) in enumerate(made):
             sheet.paste(image, (MARGIN + column * (side + MARGIN), top + 18))
@@ -72,14 +69,13 @@ def adaptive(pipeline: TextToImage, prompts: list[str]) -> Image.Image:
             font,
             anchor="lm",
         )
-        for line, block in enumerate(blocks):
+        drawn = bit_map(pipeline.bundle.manifest, record)
+        for line, (block, bits_of_steps) in enumerate(zip(drawn.blocks, drawn.rows, strict=True)):
             y = top + 22 + line * (cell[1] + 1)
-            draw.text((left + names - 6, y + 6), record["blocks"][block], SOFT, small, anchor="rm")
-            for step, pattern in enumerate(record["bits"]):
+            draw.text((left + names - 6, y + 6), block, SOFT, small, anchor="rm")
+            for step, bits in enumerate(bits_of_steps):
                 at = left + names + step * cell[0]
-                draw.rectangle(
-                    (at, y, at + cell[0] - 2, y + cell[1] - 1), fill=colour(pattern[block], options)
-                )
+                draw.rectangle((at, y, at + cell[0] - 2, y + cell[1] - 1), fill=colour(bits, options))
     return sheet
 
 
