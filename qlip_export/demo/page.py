@@ -15,7 +15,7 @@ from qlip_export.demo.studio import SEEDS, Studio
 from qlip_export.errors import QlipError
 from qlip_export.prompts import EMOJI_PROMPTS, GENERIC_PROMPTS, read_prompts
 from qlip_export.report.policy import LEVELS
-from qlip_export.zoo import EMBEDDED, find_model
+from qlip_export.zoo import EMBEDDED, calibration_of
 
 CONCEPTS = 2
 """Concepts whose ladders of richness are offered."""
@@ -112,17 +112,15 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 def examples(studio: Studio) -> list[tuple[str, list[str]]]:
     """Return titled prompts: ladders of richness where the model has them, else prompts plain and rich."""
-    try:
-        model = find_model(studio.pipeline.bundle.manifest.model.source)[0]
-    except QlipError:
-        model = None  # the checkpoint is elsewhere; only its prompts are missed
-    file = model.calibration / "richness.txt" if model is not None and model.calibration else None
+    model = studio.pipeline.bundle.manifest.model
+    calibration = calibration_of(model)
+    file = calibration / "richness.txt" if calibration is not None else None
     if file is not None and file.is_file():
         lines = read_prompts(file)
         ladders = [lines[i : i + len(LEVELS)] for i in range(0, CONCEPTS * len(LEVELS), len(LEVELS))]
         return [(f"{ladder[0]}, told ever more richly", ladder) for ladder in ladders]
-    embedded = model is not None and model.name in EMBEDDED
-    return [("Plain and rich prompts", list(EMOJI_PROMPTS if embedded else GENERIC_PROMPTS))]
+    prompts = EMOJI_PROMPTS if model.source in EMBEDDED else GENERIC_PROMPTS
+    return [("Plain and rich prompts", list(prompts))]
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> str:

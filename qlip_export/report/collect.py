@@ -28,7 +28,7 @@ from qlip_export.prompts import EMOJI_PROMPTS, GENERIC_PROMPTS, read_prompts
 from qlip_export.report.policy import PolicyStatistics, ladder_levels, statistics, word_levels
 from qlip_export.runtime import TextToImage
 from qlip_export.spec import Frozen
-from qlip_export.zoo import EMBEDDED, ZooModel, model_of
+from qlip_export.zoo import EMBEDDED, calibration_of, model_of
 
 if TYPE_CHECKING:
     from qlip_export.validate import ValidationReport
@@ -121,8 +121,8 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
     """
     pipeline = TextToImage.load(path, backend=options.backend)
     bundle = pipeline.bundle
-    model = _model(bundle)
-    shown, population, source = _prompts(options, model)
+    calibration = calibration_of(bundle.manifest.model)
+    shown, population, source = _prompts(options, bundle, calibration)
     notes: list[str] = []
     references = _references(bundle, shown, options, progress, notes)
     rows = _draw(pipeline, shown, options, references, progress)
@@ -130,7 +130,7 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
     if bundle.manifest.policy is None:
         notes.append("The bundle has no policy: every run is at uniform bits.")
     else:
-        policy = _decisions(pipeline, population, source, model, progress)
+        policy = _decisions(pipeline, population, source, calibration, progress)
     engines = _engines(pipeline, progress)
     parity = None
     if not options.parity:
@@ -158,25 +158,19 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
     )
 
 
-def _model(bundle: Bundle) -> ZooModel | None:
-    """Return the model that the bundle was built from, where it is known here."""
-    try:
-        return model_of(bundle.manifest.model)[0]
-    except QlipError:
-        return None  # an engine box has no checkpoints; only its prompts are missed
-
-
-def _prompts(options: ReportOptions, model: ZooModel | None) -> tuple[list[str], list[str], str]:
+def _prompts(
+    options: ReportOptions, bundle: Bundle, calibration: Path | None
+) -> tuple[list[str], list[str], str]:
     """Return the prompts to draw, those whose decisions are counted, and where the latter come from."""
     if options.prompts is not None:
         own = read_prompts(options.prompts)
         return own[: options.images], own[:POPULATION], options.prompts.name
-    shown = list(EMOJI_PROMPTS if model is not None and model.name in EMBEDDED else GENERIC_PROMPTS)
-    if model is not None and model.calibration is not None:
-        for name in ("evaluation.txt", "prompts.txt"):
-            if (file := model.calibration / name).is_file():
-                return shown[: options.images], read_prompts(file)[:POPULATION], f"{name} of {model.name}"
-    return shown[: options.images], shown, "the generic prompts"
+    embedded = bundle.manifest.model.source in EMBEDDED
+    shown = list(EMOJI_PROMPTS if embedded else GENERIC_PROMPTS)[: options.images]
+    for name in ("evaluation.txt", "prompts.txt"):
+        if calibration is not None and (file := calibration / name).is_file():
+            return shown, read_prompts(file)[:POPULATION], f"{name} of {bundle.manifest.model.name}"
+    return shown, list(GENERIC_PROMPTS), "the generic prompts"
 
 
 def _noise(bundle: Bundle, seed: int) -> NDArray[np.float32]:
@@ -255,9 +249,9 @@ def _draw(
 
 
 def _decisions(
-    pipeline: TextToImage, prompts: Sequence[str], source: str, model: ZooModel | None, progress: Progress
+    pipeline: TextToImage, prompts: Sequence[str], source: str, calibration: Path | None, progress: Progress
 ) -> PolicyStatistics:
-    file = model.calibration / "richness.txt" if model is not None and model.calibration else None
+    file = calibration / "richness.txt" if calibration is not None else None
     ladder = read_prompts(file) if file is not None and file.is_file() else []
     progress.stage("decide", len(prompts) + len(ladder))
 

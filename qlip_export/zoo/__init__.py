@@ -102,6 +102,11 @@ def model_of(entry: ModelEntry, instead: str | None = None) -> tuple[ZooModel, C
     )
 
 
+def calibration_of(entry: ModelEntry) -> Path | None:
+    """Return the calibration folder of the model that a bundle was built from; looks nowhere but here."""
+    return _calibration(entry.source) if entry.source in EMBEDDED or entry.source in HUB else None
+
+
 def find_configs(name: str, *, revision: str | None = None) -> tuple[ZooModel, Checkpoint]:
     """As `find_model`, but without weights: nothing is downloaded for a model of the zoo.
 
