@@ -213,10 +213,12 @@ def export(
 
 def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     """Build where the options name a backend, export where they do not, and tell what was done."""
-    from qlip_export.build import BuildOptions, export_bundle
-    from qlip_export.build import build as build_bundle
     from qlip_export.display import print_variants
-    from qlip_export.progress import progress_for_terminal
+    from qlip_export.progress import progress_for_terminal, waiting
+
+    with waiting("loading torch"):
+        from qlip_export.build import BuildOptions, export_bundle
+        from qlip_export.build import build as build_bundle
 
     run = build_bundle if "backend" in options else export_bundle
     model: str = options["model"]
@@ -501,9 +503,11 @@ def evaluate(
 ) -> None:
     """Compare the policy and uniform bits on the same prompts and noise, with 95 % intervals."""
     from qlip_export.display import print_evaluation
-    from qlip_export.evaluate import EvaluateOptions
-    from qlip_export.evaluate import evaluate as run
-    from qlip_export.progress import progress_for_terminal
+    from qlip_export.progress import progress_for_terminal, waiting
+
+    with waiting("loading torch"):
+        from qlip_export.evaluate import EvaluateOptions
+        from qlip_export.evaluate import evaluate as run
 
     options = _validated(
         EvaluateOptions,
@@ -588,11 +592,13 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure activation ranges, learn 4-bit weights, train the policy; each stage is kept when done."""
-    from qlip_export.calibrate.options import CalibrateOptions
-    from qlip_export.calibrate.stages import Calibration
-    from qlip_export.progress import progress_for_terminal
+    from qlip_export.progress import progress_for_terminal, waiting
     from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
     from qlip_export.zoo import find_model
+
+    with waiting("loading torch"):
+        from qlip_export.calibrate.options import CalibrateOptions
+        from qlip_export.calibrate.stages import Calibration
 
     options = _validated(
         CalibrateOptions,
@@ -651,9 +657,10 @@ def quickstart(
 ) -> None:
     """Build the embedded emoji model, draw a dozen prompts uniformly and adaptively, validate."""
     from qlip_export.display import print_validation
-    from qlip_export.progress import progress_for_terminal
-    from qlip_export.quickstart import quickstart as run
+    from qlip_export.progress import progress_for_terminal, waiting
 
+    with waiting("loading torch"):
+        from qlip_export.quickstart import quickstart as run
     with progress_for_terminal() as progress:
         report = run(out, progress)
     print_validation(report.validation)

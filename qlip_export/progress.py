@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -156,3 +158,15 @@ def progress_for_terminal(quiet: bool = False) -> Progress:
     if quiet:
         return Silent()
     return Live() if sys.stderr.isatty() else Plain()
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on a terminal that something is at work which has no items to count, e.g. importing torch."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield

@@ -38,6 +38,15 @@ with Live() as bars:
 """
 
 
+WAITING = """
+import sys, time
+sys.stderr.isatty = lambda: True
+from qlip_export.progress import waiting
+with waiting("loading"):
+    time.sleep(0.3)
+"""
+
+
 def test_lines_tell_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +69,13 @@ def test_no_terminal_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(progress.progress_for_terminal(), Live)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     assert isinstance(progress.progress_for_terminal(), Plain)
+
+
+def test_waiting_says_nothing_to_a_log(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.waiting("loading"):
+        pass
+    assert capfd.readouterr().err == ""
+    assert "loading" in run(WAITING, FORCE_COLOR="1", TERM="xterm-256color")
 
 
 def test_colours_only_where_they_are_wanted() -> None:

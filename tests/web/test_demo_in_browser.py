@@ -28,18 +28,12 @@ def address(adaptive_bundle: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [*COMMAND, str(adaptive_bundle), "--port", str(port), "--max-prompt", "60"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    told = server.stdout.readline()
-    yield told.split()[0]
-    server.terminate()
-    server.wait(timeout=30)
+    command = [*COMMAND, str(adaptive_bundle), "--port", str(port), "--max-prompt", "60"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[0]
+        server.terminate()
 
 
 @pytest.fixture
