@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -139,6 +140,7 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
     if device == "cuda" and not torch.cuda.is_available():
         raise QlipError("there is no CUDA device here", fix="--device engines, or --device cpu")
     metrics = _metrics(options.metrics, device)
+    _require_libraries(metrics)
     model, checkpoint = model_of(bundle.manifest.model, options.model)
     check_same_model(bundle, checkpoint)
     prompts, source = _prompts(options, model, metrics)
@@ -366,6 +368,16 @@ def _metrics(wanted: tuple[str, ...] | None, device: Device) -> tuple[Metric, ..
             fix="--device engines, or other --metrics",
         )
     return metrics
+
+
+def _require_libraries(metrics: Sequence[Metric]) -> None:
+    """Refuse before anything is drawn what the last stage could not compute."""
+    needed = ("torchmetrics", "threadpoolctl") if _FRECHET & set(metrics) else ()
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise QlipError(
+            f"Fréchet distances need {missing[0]}, which is not installed",
+            fix='pip install "qlip-export[evaluate]", or --metrics without fid and sfid',
+        )
 
 
 def _one_of(found: str, allowed: tuple[_Choice, ...], what: str) -> _Choice:

@@ -291,6 +291,16 @@ def test_other_reference_statistics_are_refused(
     assert "cannot read reference statistics" in error["problem"]
 
 
+def test_missing_library_is_told_before_anything_is_drawn(
+    cli: Cli, adaptive_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip_export.evaluate.find_spec", lambda name: None)
+    done = cli("evaluate", adaptive_bundle)
+    assert done.code == 2
+    assert 'pip install "qlip-export[evaluate]"' in done.err
+    assert "evaluate (" not in done.err
+
+
 def test_inception_needs_its_library(
     cli: Cli, adaptive_bundle: Path, towers: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
