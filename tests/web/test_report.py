@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlip_export.bitmap import bit_map
+from qlip_export.bitmap import bit_map, colour
 from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
 from qlip_export.progress import Silent
@@ -131,6 +131,14 @@ def test_bit_map_in_words(bundle: Path) -> None:
     )
     table = heatmap("map", drawn, (8, 16)).table
     assert table == (("block", "1", "2", "3"), ("stem", "16", "16", "8"), ("out", "8", "8", "8"))
+
+
+def test_mean_bits_of_a_block_whose_layers_differ(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    drawn = bit_map(manifest, {"blocks": ["stem"], "bits": [[10.25], [16]]})
+    assert "stem: 10.25 in step 1, 16 in step 2" in drawn.words
+    assert heatmap("map", drawn, (8, 16, 32)).table[1] == ("stem", "10.25", "16")
+    assert colour(10.25, (8, 16, 32)) == colour(16, (8, 16, 32)) != colour(8, (8, 16, 32))
 
 
 def test_what_was_not_done_is_said(small: ReportData) -> None:
