@@ -28,17 +28,23 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 }
 """Name, which is also that of the module, and the shapes it makes sense for."""
 
+ON_REQUEST: dict[str, tuple[str, ...]] = {"cuda": SHAPES}
+"""Those that need a device which most machines lack."""
+
 
 def main() -> None:
+    known = BENCHMARKS | ON_REQUEST
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} or tables; all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(known)} or tables; {', '.join(BENCHMARKS)}"
+    )
     parser.add_argument("--shape", choices=SHAPES, help="only this model; both")
     parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works")
     parser.add_argument("--emoji-model", type=Path, help="folder to use instead of the embedded emoji model")
     parser.add_argument("--reuse", action="store_true", help="take bundles that are there as they are")
     chosen = parser.parse_args()
     names = chosen.names or [*BENCHMARKS]
-    if unknown := set(names) - {*BENCHMARKS, "tables"}:
+    if unknown := set(names) - {*known, "tables"}:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
     # Ours to read while writing benchmarks; nothing about speed.
     warnings.simplefilter("ignore")
@@ -47,7 +53,7 @@ def main() -> None:
         if name == "tables":
             importlib.import_module("benchmarks.tables").write()
             continue
-        for shape in BENCHMARKS[name]:
+        for shape in known[name]:
             if chosen.shape in (None, shape):
                 model = str(chosen.emoji_model) if chosen.emoji_model else None
                 _measure(name, subject(shape, model, reuse=chosen.reuse), quick=chosen.quick)

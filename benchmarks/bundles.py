@@ -57,7 +57,9 @@ def subject(shape: str, model: str | None = None, *, reuse: bool = False) -> Sub
     return Subject("emoji", model or "emoji", trained=model is None, reuse=reuse)
 
 
-def prepare(of: Subject, granularities: tuple[str, ...] = ("coarse", "whole")) -> None:
+def prepare(
+    of: Subject, granularities: tuple[str, ...] = ("coarse", "whole"), *, backend: str = "openvino"
+) -> None:
     """Make what is missing of the model and its bundles; each build is a process of its own, measured."""
     if of.reuse and all((of.bundle(g) / "manifest.json").is_file() for g in granularities):
         return
@@ -67,14 +69,14 @@ def prepare(of: Subject, granularities: tuple[str, ...] = ("coarse", "whole")) -
         command = [sys.executable, "-m", "benchmarks.bundles", of.shape, "--calibrate"]
         run_measured([*command, "--model", of.model])
     for granularity in granularities:
-        build_bundle(of, granularity, of.bundle(granularity))
+        build_bundle(of, granularity, of.bundle(granularity), backend=backend)
 
 
-def build_bundle(of: Subject, granularity: str, out: Path) -> dict[str, Any]:
+def build_bundle(of: Subject, granularity: str, out: Path, *, backend: str = "openvino") -> dict[str, Any]:
     """Build a bundle in a process of its own; return its report with wall seconds and peak memory (RSS)."""
     command = [sys.executable, "-m", "qlip_export", "build", "--model", of.model]
     command += ["--blocks", granularity, "-o", str(out), "--json"]
-    command += ["--bits", ",".join(map(str, BITS)), "--backend", "openvino"]
+    command += ["--bits", ",".join(map(str, BITS)), "--backend", backend]
     if (_calibration(of) / "ranges.json").is_file():
         command += ["--calibration", str(_calibration(of))]
     if granularity != "coarse":

@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("openvino", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
+PACKAGES = ("openvino", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "transformers", "numpy")
 
 
 def machine() -> dict[str, object]:
@@ -23,7 +23,7 @@ def machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
         "date": datetime.date.today().isoformat(),
         "load_before": os.getloadavg()[0],
     }

@@ -72,6 +72,9 @@ class EngineFacts(Frozen):
         description="Conv2d and Linear layers that compute in another precision than the graph asks for"
     )
     int4_weights_widened: int = Field(default=0, description="weights that are INT4 in the graph, INT8 here")
+    elsewhere: tuple[str, ...] | None = Field(
+        default=None, description="nodes that the device leaves to the CPU; none: compiled without the device"
+    )
 
 
 class EngineEntry(Frozen):

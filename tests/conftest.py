@@ -27,11 +27,20 @@ settings.load_profile("qlip")
 STEPS = 4
 """Sampling steps of every shared bundle."""
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared",
+        type=Path,
+        help="keep what tests share in this folder and take what is there: for a machine that cannot export",
+    )
+
+
 Shared = Callable[[str, Callable[[Path], Any]], Path]
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Shared:
     """Make a folder once for all workers: `shared(name, make)` calls `make(path)` if nobody has yet.
 
     What it returns belongs to everyone: copy it before changing it.
@@ -39,7 +48,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     from qlip_export.files import locked
 
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if _worker else base) / "shared"
+    root = pytestconfig.getoption("shared") or (base.parent if _worker else base) / "shared"
 
     def get(name: str, make: Callable[[Path], Any]) -> Path:
         done = root / f"{name}.done"
@@ -56,9 +65,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 @pytest.fixture(scope="session")
 def tiny_model(shared: Shared) -> Path:
     """A text-to-image model with random weights in the diffusers layout, FP32."""
-    from tests.tiny import write_model
 
-    return shared("tiny", write_model)
+    def make(folder: Path) -> None:
+        from tests.tiny import write_model
+
+        write_model(folder)
+
+    return shared("tiny", make)
 
 
 @pytest.fixture(scope="session")

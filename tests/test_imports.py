@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": {"spec", "files", "conditioning", "policy.table"},
     "quant": {"spec", "files"},
     "graph": {"spec", "quant"},
-    "backends": {"spec", "files", "bundle", "progress", "lazy:graph.expand", "lazy:graph.precisions"},
+    "backends": {"spec", "files", "bundle", "progress", "lazy:graph.expand", "lazy:graph.fuse", "lazy:graph.precisions"},
     "backends.options": {"spec"},
     "runtime": {
         "spec",
@@ -141,7 +141,8 @@ LIBRARIES: dict[str, set[str]] = {
     "onnx_ir": ONNX_MODULES,
     "onnxscript": ONNX_MODULES,
     "openvino": {"backends.openvino"},
-    "onnxruntime": {"backends.onnxruntime", "lazy:validate"},
+    "onnxruntime": {"backends.onnxruntime", "backends.onnxruntime_cuda", "lazy:validate"},
+    "cuda": {"backends.cuda"},
     "tensorrt": {"backends.tensorrt"},
     "tensorrt_rtx": {"backends.tensorrt_rtx"},
     "polygraphy": {"lazy:parity"},

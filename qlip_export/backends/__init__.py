@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """Where a backend is, and the library that it needs."""
+    """Where a backend is, the library that it needs, the extra that installs it if not its name."""
 
     module: str
     class_name: str
     library: str
+    extra: str | None = None
 
 
 BACKENDS: dict[str, Source] = {
+    "onnxruntime-cuda": Source(
+        "qlip_export.backends.onnxruntime_cuda", "OnnxRuntimeCudaBackend", "onnxruntime", "onnxruntime-gpu"
+    ),
     "openvino": Source("qlip_export.backends.openvino", "OpenVINOBackend", "openvino"),
     "onnxruntime": Source("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
     "tensorrt": Source("qlip_export.backends.tensorrt", "TensorRtBackend", "tensorrt"),
@@ -36,7 +40,7 @@ def is_installed(library: str) -> bool:
 
 
 def get_backend(name: str, *, threads: int | None = None) -> Backend:
-    """Return the backend called ``name``, or for ``auto`` the first whose library is installed.
+    """Return the backend called ``name``, or for ``auto`` the first whose library and device are here.
 
     Args:
         name: A key of ``BACKENDS`` or ``auto``.
@@ -45,12 +49,19 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
     Raises:
         QlipError: Unknown name, or the library is not installed.
     """
+    backend: Backend
     if name == "auto":
         for candidate, source in BACKENDS.items():
-            if is_installed(source.library):
-                return get_backend(candidate, threads=threads)
+            if not is_installed(source.library):
+                continue
+            try:
+                backend = get_backend(candidate, threads=threads)
+                backend.require_device()
+            except QlipError:  # another may run; if none does, the error below names all of them
+                continue
+            return backend
         raise QlipError(
-            "no backend is installed",
+            "no backend can run here",
             expected=" or ".join(BACKENDS),
             fix='pip install "qlip-export[openvino]"',
         )
@@ -65,11 +76,11 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
     try:
         if not is_installed(found.library):
             raise ImportError(f"No module named {found.library!r}")
-        backend: Backend = getattr(importlib.import_module(found.module), found.class_name)(threads=threads)
+        backend = getattr(importlib.import_module(found.module), found.class_name)(threads=threads)
     except ImportError as error:
         raise QlipError(
             f"the library of backend {name!r} is not installed",
             found=str(error),
-            fix=f'pip install "qlip-export[{name}]"',
+            fix=f'pip install "qlip-export[{found.extra or name}]"',
         ) from error
     return backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,11 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Compute the outputs from the inputs, in the bound buffers; returns when they are ready."""
+        """Compute the outputs from the inputs, in the bound buffers.
+
+        May return before they are ready: engines of a backend run in the order in which they were started,
+        and `Backend.read` and `Backend.synchronize` wait for them.
+        """
 
 
 class Backend(ABC):
@@ -160,6 +164,28 @@ class Backend(ABC):
     @abstractmethod
     def cast(self, source: Buffer, target: Buffer) -> None:
         """Copy between buffers of the same shape and different dtypes."""
+
+    def sequence(self, calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """Return one call that makes ``calls``, each a run or a cast of this backend, in their order.
+
+        A backend may record what they start and start it at once: the buffers stay the same, their contents
+        change from call to call.
+        """
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started is done."""
+        return None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the runs so far, e.g. work that the device did not take."""
+        return []
 
 
 def wrong_precisions(asked: Mapping[str, Asked], found: Mapping[str, str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Chain:
         self._backend = target.backend
         self._engines: dict[tuple[str, str], Engine] = {}
         self._buffers: dict[tuple[str, DType], Buffer] = {}
-        self._plans: dict[Pattern, list[Callable[[], None]]] = {}
+        self._plans: dict[Pattern, Callable[[], None]] = {}
         self._external = {t.name for t in bundle.manifest.inputs}
         self._held: dict[str, NDArray[np.float32]] = {}
 
@@ -64,7 +64,7 @@ class Chain:
                 self._engines[key] = engine
         for pattern in patterns:
             if pattern not in self._plans:
-                self._plans[pattern] = self._plan(pattern)
+                self._plans[pattern] = self._backend.sequence(self._plan(pattern))
 
     def hold(self, name: str, array: NDArray[np.float32]) -> None:
         """Set an input that stays the same over all steps of a run, e.g. the text states."""
@@ -95,8 +95,7 @@ class Chain:
                 self._backend.write(buffer, latents)
             elif name == "timestep":
                 self._backend.write(buffer, np.array([timestep], dtype=np.float32))
-        for run in self._plans[pattern]:
-            run()
+        self._plans[pattern]()
         (output,) = self.blocks[-1].outputs
         dtype = self._engine_entry(self.blocks[-1], pattern[-1]).outputs[0].dtype
         result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
@@ -122,6 +121,7 @@ class Chain:
                 engine = self._engines[key]
                 before = time.perf_counter()
                 engine.run()
+                self._backend.synchronize()
                 if repeat:  # the first warms up
                     found.append(time.perf_counter() - before)
         return {

@@ -224,6 +224,7 @@ class TextToImage:
                 "the image is not finite",
                 fix=f"run 'qlip-export validate {self.bundle.root}' to find the block that overflows",
             )
+        result.warnings += [note for note in self.backend.notes if note not in result.warnings]
         images = to_images(pixels[:count])
         ended = time.perf_counter()
         for prompt, seed, q, image in zip(prompts, seeds, qualities, images, strict=True):
