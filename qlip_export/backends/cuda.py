@@ -232,7 +232,7 @@ class Recording:
             runtime.cudaGetLastError()  # an error that is told here must not surface in the next call
             self.note = f"not recorded as a CUDA graph, each engine is started by itself: {error}"
         finally:
-            if int(graph):
+            if graph is not None and int(graph):
                 runtime.cudaGraphDestroy(graph)
 
 

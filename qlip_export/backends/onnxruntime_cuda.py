@@ -80,11 +80,12 @@ class OnnxRuntimeCudaBackend(Backend):
         """See `Backend.compile`."""
         import onnx_ir as ir
 
-        from qlip_export.graph.fuse import fuse_attention, split_group_norm
+        from qlip_export.graph.fuse import float_argmax, fuse_attention, split_group_norm
 
         model = ir.load(onnx)
         ir.external_data.load_to_model(model)
         split_group_norm(model)
+        float_argmax(model)
         # Fused kernels multiply FP32 in TF32.
         if container is not Container.FLOAT:
             fuse_attention(model)

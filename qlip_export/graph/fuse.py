@@ -42,6 +42,21 @@ def split_group_norm(model: ir.Model) -> int:
     return len(nodes)
 
 
+def float_argmax(model: ir.Model) -> int:
+    """Let every ArgMax over integers compare them as FP32, in place; return how many.
+
+    Exact up to 2^24, far above what the text encoders look for: the largest token id of a prompt.
+    """
+    count = 0
+    for node in [node for node in model.graph if node.op_type == "ArgMax"]:
+        source = node.inputs[0]
+        if source is not None and source.dtype in (ir.DataType.INT64, ir.DataType.INT32):
+            build = _Builder(model.graph, node)
+            node.replace_input_with(0, build("Cast", [source], to=int(ir.DataType.FLOAT)))
+            count += 1
+    return count
+
+
 def fuse_attention(model: ir.Model) -> int:
     """Write attention as ONNX Runtime's MultiHeadAttention, in place; return how many.
 

@@ -107,7 +107,7 @@ class StandInRuntime:
         graph, self.recorded = self.recorded, None
         self.graph = graph or Graph()
         if not self.captures:
-            return self.cudaError_t.cudaErrorStreamCaptureInvalidated, 0
+            return self.cudaError_t.cudaErrorStreamCaptureInvalidated, None
         return OK, graph
 
     def cudaGraphGetNodes(self, graph: Graph, count: int) -> Any:  # noqa: N802
