@@ -19,9 +19,16 @@ SHAPE_NAMES = {
 }
 
 
+CUDA_PAGE = PAGE.with_name("benchmarks-cuda.md")
+CUDA_NOTES = NOTES.with_name("notes-cuda.md")
+"""The same for the benchmark that needs a GPU: another machine, hence another page."""
+
+
 def write() -> None:
-    """Write the page of `benchmarks/notes.md`."""
+    """Write the page of `benchmarks/notes.md`, and that of the GPU if it was measured here."""
     fill(NOTES, PAGE, tables)
+    if any(OUT.glob("cuda-*.json")):
+        fill(CUDA_NOTES, CUDA_PAGE, tables)
 
 
 def fill(notes: Path, page: Path, tables_of: Callable[[str], str]) -> None:
@@ -40,7 +47,7 @@ def tables(name: str) -> str:
     records = [json.loads(path.read_text()) for s in SHAPES if (path := OUT / f"{name}-{s}.json").is_file()]
     if name == "machine":
         records = [json.loads(path.read_text()) for path in sorted(OUT.glob("*-*.json"))]
-        return _machine([r for r in records if "machine" in r])
+        return _machine([r for r in records if "machine" in r and r.get("benchmark") != "cuda"])
     return "\n\n".join(_titled(r, RENDERERS[name](r["result"])) for r in records) or "not measured yet"
 
 
@@ -158,6 +165,27 @@ def _build(result: dict[str, Any]) -> str:
     )
 
 
+def _cuda(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        for side, seconds in row["sides"].items():
+            host = row["host"].get(side)
+            ratio = row["ratios"].get(side)
+            rows.append(
+                [
+                    f"{row['bits']} bits: {side}",
+                    _spread(seconds),
+                    f"{ratio:.3f}" if ratio is not None else "",
+                    _verdict(ratio <= row["target"]) if ratio is not None and "graph" in side else "",
+                    f"{1e3 * host['device']:.2f} ms" if host else "",
+                    f"{1e6 * (host['wall'] - host['device']):.0f} µs" if host else "",
+                    f"{1e6 * host['started']:.0f} µs" if host else "",
+                ]
+            )
+    head = ["", "a step, batch 2", "to one session", "≤ 1.03", "of it GPU", "host overhead", "until started"]
+    return f"{result['gpu']}, {result['blocks']} blocks\n\n{table(head, rows)}"
+
+
 def _planning(result: dict[str, Any]) -> str:
     seconds, size = result["seconds_target"], result["bytes_target"]
     rows = []
@@ -187,4 +215,5 @@ RENDERERS = {
     "startup": _startup,
     "build": _build,
     "planning": _planning,
+    "cuda": _cuda,
 }
