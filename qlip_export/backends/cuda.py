@@ -49,11 +49,13 @@ class DeviceBuffer:
         pointer: Device address; fixed as long as the buffer lives.
         shape: Shape.
         dtype: Dtype.
+        owner: What frees the memory when the buffer is gone, if that is not the GPU's own layer.
     """
 
     pointer: int
     shape: tuple[int, ...]
     dtype: DType
+    owner: Any = None
 
     @property
     def count(self) -> int:

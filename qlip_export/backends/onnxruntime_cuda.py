@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
-from qlip_export.backends.cuda import Gpu, Recording, gpu_count
+from qlip_export.backends.cuda import DeviceBuffer, Gpu, Recording, gpu_count
 from qlip_export.bundle import EngineEntry, EngineFacts, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
@@ -52,6 +52,7 @@ class OnnxRuntimeCudaBackend(Backend):
     @cached_property
     def gpu(self) -> Gpu:
         """The first GPU."""
+        _load_libraries()
         return Gpu()
 
     def require_device(self) -> None:
@@ -120,7 +121,6 @@ class OnnxRuntimeCudaBackend(Backend):
         return nodes_elsewhere(self._on_gpu(engine))
 
     def _on_gpu(self, path: Path) -> Any:
-        _load_libraries()
         stream = str(int(self.gpu.stream))
         options = {"device_id": str(self.gpu.index), "user_compute_stream": stream, "use_tf32": "0"}
         session = _session(path, (PROVIDER, options))
@@ -140,11 +140,13 @@ class OnnxRuntimeCudaBackend(Backend):
         elsewhere = nodes_elsewhere(session)
         if elsewhere:
             self._fallbacks.append(f"{path.name}: not on the GPU: {', '.join(elsewhere)}")
-        return _CudaEngine(session, self.gpu)
+        return _CudaEngine(session)
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
-        """See `Backend.allocate`."""
-        return self.gpu.allocate(shape, dtype)
+        """See `Backend.allocate`: memory that ONNX Runtime knows as its own, which it never copies first."""
+        self.gpu.activate()
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), "cuda", self.gpu.index)
+        return DeviceBuffer(value.data_ptr(), shape, dtype, owner=value)
 
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
         """See `Backend.write`."""
@@ -170,20 +172,19 @@ class OnnxRuntimeCudaBackend(Backend):
 
 
 class _CudaEngine(Engine):
-    def __init__(self, session: Any, gpu: Gpu) -> None:
+    def __init__(self, session: Any) -> None:
         self._session = session
-        self._gpu = gpu
         self._inputs = {port.name for port in session.get_inputs()}
         self._binding = session.io_binding()
         self._options = ort.RunOptions()
         # The next engine follows on the same stream; whoever reads a result waits.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._buffers: dict[str, Buffer] = {}
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
-        bind(name, "cuda", self._gpu.index, np.dtype(buffer.dtype), buffer.shape, buffer.pointer)
-        self._buffers[name] = buffer  # the binding holds the address alone
+        if name in self._inputs:
+            self._binding.bind_ortvalue_input(name, buffer.owner)
+        else:
+            self._binding.bind_ortvalue_output(name, buffer.owner)
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding, self._options)
