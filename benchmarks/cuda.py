@@ -23,10 +23,10 @@ from benchmarks.bundles import BITS, Subject, prepare
 from benchmarks.chain import SIDES, stepper
 from benchmarks.shapes import write_bk_sdm_tiny
 from benchmarks.timing import interleave, ratio, summary
-from qlip_export.backends.base import Backend
+from qlip_export.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from qlip_export.bundle import Bundle
 from qlip_export.runtime.chain import Chain
-from qlip_export.runtime.targets import choose_target
+from qlip_export.runtime.targets import Target
 
 BACKEND = "onnxruntime-cuda"
 TARGET = 1.03
@@ -46,20 +46,24 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     """Return seconds per denoiser step of all sides in turns, batch 2, from numpy to numpy."""
     bundles = compiled(of)
     opened = Bundle.open(bundles["coarse"])
-    chain = Chain(opened, choose_target(opened, BACKEND))
+    entry = opened.manifest.targets[BACKEND]
+    chains = {
+        graphs: Chain(opened, Target(BACKEND, entry, OnnxRuntimeCudaBackend(threads=None, graphs=graphs)))
+        for graphs in (False, True)
+    }
     rounds = QUICK_ROUNDS if quick else ROUNDS
     rows = []
     for bits in BITS:
-        rows.append(_row(of, bundles["whole"], chain, bits, rounds))
+        rows.append(_row(of, bundles["whole"], chains, bits, rounds))
         print(f"  {rows[-1]}", file=sys.stderr, flush=True)
-    return {"gpu": gpu_name(), "blocks": len(chain.blocks), "rows": rows}
+    return {"gpu": gpu_name(), "blocks": len(chains[True].blocks), "rows": rows}
 
 
-def _row(of: Subject, whole: Path, chain: Chain, bits: int, rounds: int) -> dict[str, Any]:
-    inputs = fixed_inputs(chain)
+def _row(of: Subject, whole: Path, chains: dict[bool, Chain], bits: int, rounds: int) -> dict[str, Any]:
+    inputs = fixed_inputs(chains[True])
     makers: dict[str, Callable[[], Step]] = {
-        "chain": partial(chain_step, chain, bits, graphs=False),
-        "chain, CUDA graph": partial(chain_step, chain, bits, graphs=True),
+        "chain": partial(stepper, chains[False], bits),
+        "chain, CUDA graph": partial(stepper, chains[True], bits),
         "one session": partial(whole_session, whole, bits, inputs, graphs=False),
         "one session, CUDA graph": partial(whole_session, whole, bits, inputs, graphs=True),
     }
@@ -96,25 +100,14 @@ def _row(of: Subject, whole: Path, chain: Chain, bits: int, rounds: int) -> dict
         "target": TARGET,
         "largest_value": float(np.abs(reference).max()),
         "largest_difference": {s: float(np.abs(r - reference).max()) for s, r in results.items()},
-        "host": {side: host_overhead(chain, sides[side], bits) for side in sides if side.startswith("chain")},
-        "notes": chain._backend.notes,
-        "graph_nodes": [r.nodes for r in chain._backend._recordings][-1:],  # type: ignore[attr-defined]
+        "host": {
+            side: host_overhead(chains["graph" in side], step, bits)
+            for side, step in sides.items()
+            if side.startswith("chain")
+        },
+        "notes": chains[True]._backend.notes,
+        "graph_nodes": [r.nodes for r in chains[True]._backend._recordings][-1:],  # type: ignore[attr-defined]
     }
-
-
-def chain_step(chain: Chain, bits: int, *, graphs: bool) -> Step:
-    """Return a step of the chain; the engines are the same with CUDA graphs and without."""
-    pattern = chain.uniform(bits)
-    step = stepper(chain, bits)
-    calls = chain._plan(pattern)
-    plan = chain._backend.sequence(calls) if graphs else Backend.sequence(chain._backend, calls)
-
-    def run() -> Array:
-        chain._plans[pattern] = plan
-        result: Array = step()
-        return result
-
-    return run
 
 
 def compiled(of: Subject) -> dict[str, Path]:
@@ -270,4 +263,4 @@ def host_overhead(chain: Chain, step: Step, bits: int) -> dict[str, float]:
 def gpu_name() -> str:
     """Return the GPU and its driver as `nvidia-smi` tells them."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]

@@ -183,7 +183,7 @@ def _cuda(result: dict[str, Any]) -> str:
                 ]
             )
     head = ["", "a step, batch 2", "to one session", "≤ 1.03", "of it GPU", "host overhead", "until started"]
-    return f"{result['gpu']}, {result['blocks']} blocks\n\n{table(head, rows)}"
+    return f"{result['gpu']}; {result['blocks']} blocks.\n\n{table(head, rows)}"
 
 
 def _planning(result: dict[str, Any]) -> str:

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qlip_export.backends.base import Backend
 from qlip_export.bundle import Bundle
 from qlip_export.compile import compile_bundle
 from qlip_export.errors import QlipError
 from qlip_export.progress import Silent
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Chain
-from qlip_export.runtime.targets import choose_target
+from qlip_export.runtime.targets import Target, choose_target
 from qlip_export.validate import validate
 from tests.conftest import Shared
 
@@ -73,8 +72,21 @@ def on_cpu(both: Path) -> TextToImage:
 
 @pytest.fixture
 def chain(both: Path) -> Chain:
-    opened = Bundle.open(both)
-    return Chain(opened, choose_target(opened, CUDA))
+    return open_chain(both, graphs=False)
+
+
+@pytest.fixture
+def recorded(both: Path) -> Chain:
+    """A chain that records its patterns as CUDA graphs."""
+    return open_chain(both, graphs=True)
+
+
+def open_chain(bundle: Path, *, graphs: bool) -> Chain:
+    from qlip_export.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+    opened = Bundle.open(bundle)
+    backend = OnnxRuntimeCudaBackend(threads=None, graphs=graphs)
+    return Chain(opened, Target(CUDA, opened.manifest.targets[CUDA], backend))
 
 
 def feed(of: Chain) -> dict[str, Any]:
@@ -129,53 +141,56 @@ def steps(of: Chain, pattern: tuple[int, ...]) -> list[np.ndarray]:
     return [of.step(inputs["latents"] * (1 + i / 4), 900.0 - 100 * i, pattern) for i in range(6)]
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(32, 1e-3), (16, 2e-2), (8, 5e-2)])
-def test_every_step_is_that_of_the_cpu(both: Path, chain: Chain, bits: int, tolerance: float) -> None:
+TOLERANCE = {32: 1e-3, 16: 2e-2, 8: 5e-2}
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["engines", "graph"])
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_every_step_is_that_of_the_cpu(both: Path, bits: int, graphs: bool) -> None:
+    gpu = open_chain(both, graphs=graphs)
     cpu = Chain(Bundle.open(both), choose_target(Bundle.open(both), "onnxruntime"))
-    found, expected = (steps(of, of.uniform(bits)) for of in (chain, cpu))
+    found, expected = (steps(of, of.uniform(bits)) for of in (gpu, cpu))
     for mine, theirs in zip(found, expected, strict=True):
-        close(mine, theirs, tolerance)
+        close(mine, theirs, TOLERANCE[bits])
     for earlier, later in pairwise(found):
         assert np.abs(earlier - later).max() > 1e-2 * np.abs(later).max()
-    assert chain._backend.notes == []
-    (recording,) = chain._backend._recordings  # type: ignore[attr-defined]
-    assert recording.nodes["kernel"] > 50
+    assert gpu._backend.notes == []
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-def test_graph_gives_what_the_engines_give_one_by_one(chain: Chain, bits: int) -> None:
+def test_graph_gives_what_the_engines_give_one_by_one(chain: Chain, recorded: Chain, bits: int) -> None:
     pattern = chain.uniform(bits)
-    recorded = steps(chain, pattern)
-    chain._plans[pattern] = Backend.sequence(chain._backend, chain._plan(pattern))
-    for mine, theirs in zip(recorded, steps(chain, pattern), strict=True):
+    for mine, theirs in zip(steps(recorded, pattern), steps(chain, pattern), strict=True):
         close(mine, theirs)
+    (recording,) = recorded._backend._recordings  # type: ignore[attr-defined]
+    assert recording.nodes["kernel"] > 50
 
 
-def test_patterns_that_mix_dtypes_are_cast_on_the_gpu(both: Path, chain: Chain) -> None:
+@pytest.mark.parametrize("graphs", [False, True], ids=["engines", "graph"])
+def test_patterns_that_mix_dtypes_are_cast_on_the_gpu(both: Path, graphs: bool) -> None:
+    gpu = open_chain(both, graphs=graphs)
     cpu = Chain(Bundle.open(both), choose_target(Bundle.open(both), "onnxruntime"))
     options = (32, 16, 8, 32, 8)
-    pattern = tuple(options[i % len(options)] for i in range(len(chain.blocks)))
-    for mine, theirs in zip(steps(chain, pattern), steps(cpu, pattern), strict=True):
+    pattern = tuple(options[i % len(options)] for i in range(len(gpu.blocks)))
+    for mine, theirs in zip(steps(gpu, pattern), steps(cpu, pattern), strict=True):
         close(mine, theirs, 0.05)
-    assert chain._backend.notes == []
+    assert gpu._backend.notes == []
 
 
-def test_values_between_blocks_stay_on_the_gpu(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern = chain.uniform(16)
-    chain.load([pattern])
-    inputs = feed(chain)
-    for _ in range(3):
-        chain.step(**inputs, pattern=pattern)
-    gpu = chain._backend.gpu  # type: ignore[attr-defined]
+def test_values_between_blocks_stay_on_the_gpu(recorded: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = recorded.uniform(16)
+    steps(recorded, pattern)
+    inputs = feed(recorded)
+    gpu = recorded._backend.gpu  # type: ignore[attr-defined]
     copies: list[str] = []
     read, write = gpu.read, gpu.write
     monkeypatch.setattr(gpu, "read", lambda b: copies.append("read") or read(b))
     monkeypatch.setattr(gpu, "write", lambda b, a: copies.append("write") or write(b, a))
-    chain.step(**inputs, pattern=pattern)
+    recorded.step(**inputs, pattern=pattern)
     assert copies.count("read") == 1
-    assert copies.count("write") == sum(name in ("latents", "timestep") for name, _ in chain._buffers)
-    # What ONNX Runtime copies by itself goes to the device alone: the sizes of what a Concat joins.
-    (recording,) = chain._backend._recordings  # type: ignore[attr-defined]
+    assert copies.count("write") == sum(name in ("latents", "timestep") for name, _ in recorded._buffers)
+    # What ONNX Runtime copies by itself must not come back to the host.
+    (recording,) = recorded._backend._recordings  # type: ignore[attr-defined]
     assert "DeviceToHost" not in recording.nodes
 
 
