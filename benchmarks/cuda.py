@@ -27,6 +27,7 @@ from qlip_export.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from qlip_export.bundle import Bundle
 from qlip_export.runtime.chain import Chain
 from qlip_export.runtime.targets import Target
+from qlip_export.spec import variant_name
 
 BACKEND = "onnxruntime-cuda"
 TARGET = 1.03
@@ -148,7 +149,7 @@ def whole_session(bundle: Path, bits: int, inputs: dict[str, Array], *, graphs: 
     target = opened.manifest.targets[BACKEND]
     models = []
     for block in opened.manifest.blocks:
-        (variant,) = [v for v in block.variants.values() if v.bits == bits]
+        variant = block.variants[variant_name(bits)]
         model = onnx.load(opened.root / target.engines[variant.onnx].path)
         models.append(onnx.compose.add_prefix(model, f"{block.name}/", **_INSIDE) if models else model)
     merged = models[0]

@@ -16,7 +16,7 @@ from qlip_export.compile import compile_bundle
 from qlip_export.errors import QlipError
 from qlip_export.progress import Silent
 from qlip_export.runtime import TextToImage
-from qlip_export.runtime.chain import Chain
+from qlip_export.runtime.chain import Chain, Pattern
 from qlip_export.runtime.targets import Target, choose_target
 from qlip_export.validate import validate
 from tests.conftest import Shared
@@ -134,7 +134,7 @@ def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-3) -> N
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def steps(of: Chain, pattern: tuple[int, ...]) -> list[np.ndarray]:
+def steps(of: Chain, pattern: Pattern) -> list[np.ndarray]:
     """Run six steps, each on other latents and another timestep; on a GPU the third is recorded."""
     of.load([pattern])
     inputs = feed(of)
@@ -171,7 +171,8 @@ def test_patterns_that_mix_dtypes_are_cast_on_the_gpu(both: Path, graphs: bool) 
     gpu = open_chain(both, graphs=graphs)
     cpu = Chain(Bundle.open(both), choose_target(Bundle.open(both), "onnxruntime"))
     options = (32, 16, 8, 32, 8)
-    pattern = tuple(options[i % len(options)] for i in range(len(gpu.blocks)))
+    uniform = [gpu.uniform(bits) for bits in options]
+    pattern = tuple(uniform[i % len(options)][i] for i in range(len(gpu.blocks)))
     for mine, theirs in zip(steps(gpu, pattern), steps(cpu, pattern), strict=True):
         close(mine, theirs, 0.05)
     assert gpu._backend.notes == []
