@@ -88,6 +88,16 @@ class EngineEntry(Frozen):
     facts: EngineFacts | None = Field(default=None, description="none: the compiler does not tell")
 
 
+class TimingEntry(Frozen):
+    """What the engines of a target took, all measured in turns in one run on the target's device."""
+
+    milliseconds: dict[BundlePath, float] = Field(description="median of a call, by ONNX file of a block")
+    repeats: int
+    instead: dict[str, dict[str, str]] = Field(
+        description="by block: variants that are dominated, and what runs where a policy chooses them"
+    )
+
+
 class TargetEntry(Frozen):
     """The engines of one backend, and the device they run on."""
 
@@ -97,6 +107,7 @@ class TargetEntry(Frozen):
     half: DType = Field(description="what carries 9 to 16 bit activations")
     options: dict[str, JsonValue] = Field(description="what the compiler was told beyond its defaults")
     engines: dict[BundlePath, EngineEntry] = Field(description="by the ONNX file they were compiled from")
+    timing: TimingEntry | None = Field(default=None, description="none: not timed")
 
 
 class LayerEntry(Frozen):

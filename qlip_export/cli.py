@@ -280,12 +280,21 @@ def compile_(
         str | None,
         typer.Option(help="TensorRT-RTX: GPUs, e.g. sm86,sm89.", show_default="8.0, 8.6, 8.9 and 12.x"),
     ] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing/--no-timing", help="Time every engine, where it runs here.")
+    ] = True,
+    keep_dominated: Annotated[
+        bool,
+        typer.Option("--keep-dominated", help="Run variants that were found slower than more precise ones."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add engines of a backend to a bundle, or bring them up to date; needs neither torch nor the model."""
     from qlip_export.backends.options import CompileOptions
     from qlip_export.compile import compile_bundle
+    from qlip_export.display import print_dominated
     from qlip_export.progress import progress_for_terminal
+    from qlip_export.timing import time_target
 
     options = _validated(
         CompileOptions,
@@ -299,6 +308,9 @@ def compile_(
     )
     with progress_for_terminal() as progress:
         report = compile_bundle(bundle, backend, progress, options)
+        if timing:
+            timed = time_target(bundle, report.target, progress, keep_dominated=keep_dominated)
+            report = report.model_copy(update={"timing": timed})
     if as_json:
         print(report.model_dump_json())
         return
@@ -306,6 +318,7 @@ def compile_(
     print(
         f"  {report.built} made, {report.reused} there; {report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
     )
+    print_dominated(bundle, report.target)
 
 
 @app.command()

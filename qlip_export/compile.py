@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue
 from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend, Capabilities, Compiled
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry
+from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry, TimingEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
@@ -34,6 +34,9 @@ class CompileReport(Frozen):
     reused: int = Field(description="engines that were there already")
     bytes: int = Field(description="of all engines of the target")
     seconds: float
+    timing: TimingEntry | None = Field(
+        default=None, description="none: not timed, or the engines do not run here"
+    )
 
 
 class Preflight(Frozen):
@@ -75,6 +78,11 @@ def compile_bundle(
             return bundle.file(onnx)
 
         target = compile_target(bundle.manifest, compiler, checked, workspace, progress)
+        before = bundle.manifest.targets.get(compiler.name)
+        if before is not None and before.engines == target.engines and not workspace.built:
+            target = target.model_copy(
+                update={"timing": before.timing}
+            )  # all new or none: one run, one machine
         bundle = workspace.add_target(bundle.manifest, compiler.name, target)
     return CompileReport(
         bundle=str(path),
@@ -86,6 +94,7 @@ def compile_bundle(
         reused=workspace.reused,
         bytes=sum(bundle.manifest.files[engine.path].size for engine in target.engines.values()),
         seconds=round(time.monotonic() - started, 1),
+        timing=target.timing,
     )
 
 

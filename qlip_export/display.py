@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -47,6 +48,8 @@ def print_bundle(bundle: Bundle) -> None:
     for target in manifest.targets.values():
         console.print(f"engines: {target.backend} {target.version} on {target.device}")
         console.print(_block_table(manifest, target))
+        for line in (*_timing_lines(manifest, target), *_precision_lines(manifest, target)):
+            console.print(line)
     if not manifest.targets:
         console.print(f"no engines yet: {compile_command(bundle.root)}")
         console.print(_block_table(manifest, None))
@@ -90,6 +93,49 @@ def _mixed_table(manifest: Manifest, target: TargetEntry | None) -> Table:
             f"{size / 1e6:.1f}" if engines else "no engines",
         )
     return table
+
+
+def print_dominated(root: Path, target: str) -> None:
+    """Print what timing a target found out, on stdout."""
+    manifest, console = Bundle.open(root).manifest, Console(highlight=False, markup=False, soft_wrap=True)
+    for line in _timing_lines(manifest, manifest.targets[target]):
+        console.print(f"  {line}")
+
+
+def _timing_lines(manifest: Manifest, target: TargetEntry) -> Iterator[str]:
+    if (timing := target.timing) is None:
+        return
+    uniform = [
+        b for b in manifest.bits if all(variant_name(b) in block.variants for block in manifest.blocks)
+    ]
+    totals = {
+        b: sum(timing.milliseconds[block.variants[variant_name(b)].onnx] for block in manifest.blocks)
+        for b in uniform
+    }
+    if totals:
+        yield (
+            f"a step at {' / '.join(map(str, totals))} bits: "
+            f"{' / '.join(f'{total:.1f}' for total in totals.values())} ms, blocks alone, "
+            f"medians of {timing.repeats}"
+        )
+    for block in manifest.blocks:
+        instead = timing.instead.get(block.name, {})
+        told = {
+            name: f"{name} ({timing.milliseconds[block.variants[name].onnx]:.2f} ms)"
+            for name in (*instead, *instead.values())
+        }
+        for fast in dict.fromkeys(instead.values()):
+            slow = " and ".join(told[name] for name, other in instead.items() if other == fast)
+            yield f"{block.name}: {told[fast]} runs where {slow} would"
+
+
+def _precision_lines(manifest: Manifest, target: TargetEntry) -> Iterator[str]:
+    for block in manifest.blocks:
+        for name, variant in block.variants.items():
+            engine = target.engines.get(variant.onnx)
+            if engine is not None and engine.facts is not None and engine.facts.wrong:
+                layers = ", ".join(f"{layer} ({found})" for layer, found in engine.facts.wrong.items())
+                yield f"{block.name} {name}: NOT in the precision of the graph: {layers}"
 
 
 def _policy_text(policy: PolicyEntry | None) -> str:
@@ -220,7 +266,7 @@ def print_validation(report: ValidationReport) -> None:
             f"{row.error:.1e}",
             f"{row.tolerance:.0e}",
             f"{row.cosine:.6f}",
-            "ok" if row.passed else "OFF" if row.finite else "NOT FINITE",
+            "ok" if row.passed else "NOT FINITE" if not row.finite else "PRECISION" if row.wrong else "OFF",
         )
     console.print(table)
     console.print(
@@ -236,6 +282,9 @@ def print_validation(report: ValidationReport) -> None:
         console.print(f"image at {_image_bits(image)} against {image.reference}: {found}{wanted}")
     for note in report.notes:
         console.print(f"note: {note}")
+    for row in report.rows:
+        for layer, found in row.wrong.items():
+            console.print(f"{row.block} {_variant_bits(row)}: {layer} computes in {found}")
     off = [f"{row.block} {_variant_bits(row)}" for row in report.rows if not row.passed]
     off += ["the policy"] if policy is not None and not policy.passed else []
     off += [f"the image at {_image_bits(image)}" for image in report.images if not image.passed]

@@ -23,7 +23,7 @@ from qlip_export.zoo import ZooModel
 BYTES_OF = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
 """Of one activation."""
 
-# Measured on exports of BK-SDM-Tiny, SDXL and shortened FLUX: `python -m benchmarks memory`.
+# Fitted to a build of BK-SDM-Tiny and to exports of FLUX with few blocks: `python -m benchmarks.memory`.
 EXPORT_BASE = 5.5e8
 """Bytes of a process that has loaded torch, diffusers and the ONNX libraries."""
 EXPORT_LAYER = 2e5

@@ -70,6 +70,7 @@ class BlockRow(Frozen):
     tolerance: float
     from_float32: float = Field(description="relative L2 distance from the FP32 graph: the price of the bits")
     finite: bool
+    wrong: dict[str, str] = Field(description="layers that compute in another precision than the graph's")
     passed: bool
 
 
@@ -259,6 +260,7 @@ def _judge(
     working = "float32" if variant.container is Container.FLOAT else half
     # A CPU without fast 16-bit arithmetic computes these containers in FP32, on values stored in FP16.
     tolerance = TOLERANCES.get((variant.container, working), TOLERANCES[Container.INT8, "float16"])
+    wrong = entry.facts.wrong if entry.facts is not None else {}
     reference = "the quantized graph" if variant.container is Container.INT8 else "the FP32 graph"
     return BlockRow(
         block=block.name,
@@ -270,7 +272,8 @@ def _judge(
         tolerance=tolerance,
         from_float32=distance,
         finite=finite,
-        passed=finite and error <= tolerance,
+        wrong=wrong,
+        passed=finite and error <= tolerance and not wrong,
     )
 
 

@@ -153,6 +153,10 @@ class Workspace:
         shutil.rmtree(self.root)
         return Bundle.open(self.out)
 
+    def replace_target(self, manifest: Manifest, name: str, target: TargetEntry) -> None:
+        """Replace what the bundle's manifest says of a target whose engines stay as they are."""
+        self._write_manifest(manifest.model_copy(update={"targets": {**manifest.targets, name: target}}))
+
     def _write_manifest(self, manifest: Manifest) -> None:
         write_json(self.out / MANIFEST, manifest.model_dump(mode="json"))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,10 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
-from qlip_export.bundle import EngineEntry, TensorEntry
+from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine, wrong_precisions
+from qlip_export.bundle import EngineEntry, EngineFacts, TensorEntry
 from qlip_export.errors import QlipError
-from qlip_export.spec import Container, DType
+from qlip_export.spec import Asked, Container, DType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,6 +30,7 @@ _TYPES: dict[DType, ov.Type] = {
     "int32": ov.Type.i32,
     "int8": ov.Type.i8,
 }
+_COMPUTED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "int8"}
 _NAMES: dict[str, DType] = {t.get_type_name(): name for name, t in _TYPES.items()}
 
 
@@ -82,9 +85,10 @@ class OpenVINOBackend(Backend):
         import onnx_ir as ir
 
         from qlip_export.graph.expand import expand_int4
-        from qlip_export.graph.precisions import locate
+        from qlip_export.graph.precisions import asked_precisions, locate
 
         model = ir.load(onnx)
+        asked = asked_precisions(model)
         expand_int4(model)
         # A plugin that computes in 16 bits lowers FP32 layers too, so in their company FP16 is widened.
         widened = container is not Container.FLOAT and _has_float_layers(model)
@@ -105,6 +109,44 @@ class OpenVINOBackend(Backend):
             inputs=tuple(_entry(p, {str(v.name) for v in model.graph.inputs}) for p in compiled.inputs),
             outputs=tuple(_entry(p, {str(v.name) for v in model.graph.outputs}) for p in compiled.outputs),
             widened=widened,
+            facts=self._facts(compiled, asked, container, widened),
+        )
+
+    def _facts(
+        self, compiled: Any, asked: Mapping[str, Asked], container: Container, widened: bool
+    ) -> EngineFacts:
+        """Return what the plugin made of the graph: layers after fusion, with the types they compute in."""
+        found: dict[str, str] = {}
+        types: Counter[str] = Counter()
+        for layer in compiled.get_runtime_model().get_ordered_ops():
+            info = layer.get_rt_info()
+            kind, told = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
+            if kind in ("Const", "Input", "Output"):
+                continue
+            name = layer.get_friendly_name()
+            product = kind in ("Convolution", "FullyConnected", "MatMul")
+            # Of a product the plugin tells the type of the weights; its kernel is named after its own.
+            kernel = info["primitiveType"].astype(str).rsplit("_", 1)[-1].lower()
+            told = kernel if product and kernel in _COMPUTED else told
+            precision = _COMPUTED.get(told, told)
+            types[precision] += 1
+            if product:
+                # A fused layer has the name of the node it began as, and lists the others.
+                names = {name, *info["originalLayersNames"].astype(str).split(",")}
+                found.update({part.split("/")[0]: precision for part in names})
+        half = "float32" if widened else self.capabilities.half
+        # Layers with a bias may go by its name after fusion; those with Q/DQ never did.
+        here = {
+            node: wanted._replace(precision=half) if wanted.precision == "float16" else wanted
+            for node, wanted in asked.items()
+            if node in found or wanted.precision == "int8"
+        }
+        judged = container in self.capabilities.containers
+        return EngineFacts(
+            source="engine",
+            layers=types.total(),
+            precisions=dict(sorted(types.items())),
+            wrong=wrong_precisions(here, found) if judged else {},
         )
 
     def _with_typed_ports(self, model: Any) -> Any:

@@ -19,6 +19,7 @@ from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
 from qlip_export.runtime.chain import Chain, Pattern
 from qlip_export.runtime.conditioning import Conditioner
+from qlip_export.runtime.dispatch import dispatch
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from qlip_export.runtime.targets import Target, choose_target
@@ -40,7 +41,9 @@ class Generation:
             has no policy; `bits[step][block]` (the mean of its layers where these differ) with the names in
             `blocks`, `variants[step][block]` (which engine), `fab` (the mean over quantized layers and
             steps) and `engine_switches` (changes of a block's engine between consecutive steps, summed) are
-            those of the whole batch. `target` names the engines. `seconds`, of the whole batch:
+            those of the whole batch. `instead` names, by block, variants that were found to be slower than
+            others of at least their bits, and those, which ran in their place (`bits`, `variants` and `fab`
+            are those that were chosen). `target` names the engines. `seconds`, of the whole batch:
             `total`, `policy` (deciding the bits), `prompt_and_load`, `steps`, `decode`.
     """
 
@@ -202,7 +205,11 @@ class TextToImage:
         deciding = time.perf_counter()
         qualities, patterns = self._decide(conditioned.pooled, count, bits)
         decided = time.perf_counter()
-        self.chain.load(dict.fromkeys(patterns))
+        timing = self.target.entry.timing
+        # Bits that a user asks for run as they are; of bits that were chosen for him, the fastest.
+        instead = timing.instead if timing is not None and bits is None else {}
+        running = dispatch(instead, self.chain.blocks, patterns)
+        self.chain.load(dict.fromkeys(running))
         for name, array in conditioned.inputs.items():
             self.chain.hold(name, array)
         loaded = time.perf_counter()
@@ -210,7 +217,7 @@ class TextToImage:
         sampler.start(noise)
         pair = self.bundle.manifest.guidance.rows
         seconds: list[float] = []
-        for pattern in patterns:
+        for pattern in running:
             before = time.perf_counter()
             rows = np.concatenate([sampler.denoiser_input()] * pair)
             prediction = self.chain.step(rows, sampler.timestep, pattern)
@@ -238,7 +245,8 @@ class TextToImage:
                 "bits": [list(map(block_bits, self.chain.blocks, pattern)) for pattern in patterns],
                 "variants": [list(pattern) for pattern in patterns],
                 "blocks": [b.name for b in self.chain.blocks],
-                "engine_switches": engine_switches(patterns),
+                "instead": instead,
+                "engine_switches": engine_switches(running),
                 "target": self.target.name,
                 "seconds": {
                     "total": round(ended - started, 4),

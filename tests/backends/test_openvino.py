@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +22,10 @@ from qlip_export.backends.openvino import OpenVINOBackend, _from_bfloat16, _to_b
 from qlip_export.bundle import Bundle, EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
+from qlip_export.graph import precisions
 from qlip_export.spec import Container
+from tests import tamper
+from tests.conftest import Cli
 from tests.graph.conftest import Arrays, relative, run
 from tests.tamper import engine_entry
 
@@ -209,3 +213,58 @@ def test_graph_that_cannot_be_compiled_is_named(tmp_path: Path, backend: OpenVIN
 
 def test_threads_limit_the_engines() -> None:
     assert get_backend("openvino", threads=1)._properties(Container.FLOAT)["INFERENCE_NUM_THREADS"] == 1
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_layers_compute_in_the_precision_of_the_graph(bundle: Path, bits: int) -> None:
+    """As the plugin tells it, after fusion, on a CPU that has kernels for the container."""
+    backend = OpenVINOBackend(threads=1)
+    can = backend.capabilities
+    precision = {8: "int8", 16: can.half, 32: "float32"}[bits]
+    opened = Bundle.open(bundle)
+    for block in opened.manifest.blocks:
+        variant = block.variants[f"a{bits}"]
+        facts = opened.manifest.targets["openvino"].engines[variant.onnx].facts
+        assert facts is not None and (facts.source, facts.wrong) == ("engine", {})
+        assert facts.layers == sum(facts.precisions.values())
+        if variant.container in can.containers and block.name != "time":
+            assert facts.precisions[precision] > 0
+
+
+def test_layer_that_lost_its_precision_is_named(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An FP16 graph that is said to ask for INT8."""
+    read = precisions.asked_precisions
+    everything = {"precision": "int8"}
+    monkeypatch.setattr(
+        precisions,
+        "asked_precisions",
+        lambda model: {node: asked._replace(**everything) for node, asked in read(model).items()},
+    )
+    backend = OpenVINOBackend(threads=1)
+    found = backend._facts  # the container counts only where the CPU has kernels for it
+    monkeypatch.setattr(
+        backend,
+        "_facts",
+        lambda compiled, asked, _, widened: found(compiled, asked, Container.FLOAT, widened),
+    )
+    facts = backend.compile(bundle / "onnx/stem.a16.onnx", tmp_path / "x.blob", Container.HALF).facts
+    assert facts is not None
+    assert facts.wrong == {"conv_in": backend.capabilities.half}
+
+
+def test_variant_of_another_precision_is_reported_and_fails(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    out = tamper.copy_of(bundle, tmp_path)
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["model"]["source"] = str(tmp_path / "gone")  # no images
+        engine = manifest["targets"]["openvino"]["engines"]["onnx/stem.a8.onnx"]
+        engine["facts"]["wrong"] = {"conv_in": "float32"}
+
+    tamper.edit_manifest(out, edit)
+    assert "stem a8: NOT in the precision of the graph: conv_in (float32)" in cli("inspect", out).out
+    done = cli("validate", out)
+    assert done.code == 1
+    assert "stem at 8 bits: conv_in computes in float32" in done.out
+    assert "off: stem at 8 bits" in done.out

@@ -1,0 +1,124 @@
+"""What every engine of a target takes on this machine, and which variants are therefore not worth running."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qlip_export.bundle import BlockEntry, Bundle, TargetEntry, TimingEntry
+from qlip_export.errors import QlipError
+from qlip_export.progress import Progress
+from qlip_export.runtime.chain import Chain
+from qlip_export.runtime.targets import choose_target
+from qlip_export.workspace import Workspace
+
+SECONDS = 10.0
+"""What timing may take, roughly, unless `LEAST` repeats take longer."""
+LEAST, MOST = 5, 25
+"""Repeats of every engine."""
+MARGIN = 0.1
+"""A variant is dominated if another takes less than 1 - MARGIN of its time: less is noise."""
+
+
+def time_target(
+    root: Path, backend: str, progress: Progress, *, keep_dominated: bool = False
+) -> TimingEntry | None:
+    """Time every engine of a target and keep the milliseconds, and what they mean, in the manifest.
+
+    Times that are there already are those of the same engines and are kept. Where the engines do not run
+    here, this is said and nothing is written.
+
+    Args:
+        root: The bundle.
+        backend: Whose engines.
+        progress: Display.
+        keep_dominated: Run variants although others of at least their bits are faster.
+
+    Returns:
+        What is in the manifest now.
+
+    Raises:
+        QlipError: No bundle, or it has no such engines.
+    """
+    wait = f"another build is writing {root}; waiting for it"
+    with Workspace.open_target(root, backend, lambda: progress.note(wait)) as workspace:
+        bundle = Bundle.open(root)
+        try:
+            target = choose_target(bundle, backend)
+        except QlipError as error:
+            progress.note(f"not timed: {error.problem}")
+            return None
+        known = target.entry.timing
+        milliseconds = known.milliseconds if known is not None else None
+        repeats = known.repeats if known is not None else 0
+        if milliseconds is None:
+            milliseconds, repeats = _measure(bundle, Chain(bundle, target), progress)
+        instead = {} if keep_dominated else dominated(bundle.manifest.blocks, milliseconds)
+        timing = TimingEntry(milliseconds=milliseconds, repeats=repeats, instead=instead)
+        if timing != known:
+            entry: TargetEntry = target.entry.model_copy(update={"timing": timing})
+            workspace.replace_target(bundle.manifest, target.name, entry)
+    return timing
+
+
+def _measure(bundle: Bundle, chain: Chain, progress: Progress) -> tuple[dict[str, float], int]:
+    """Return the median milliseconds of every engine of a block by its ONNX file, and how often each ran."""
+    manifest = bundle.manifest
+    rng = np.random.default_rng(0)
+    noise = {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in manifest.inputs}
+    names = [[*block.variants] for block in manifest.blocks]
+    # Every variant of every block in some pattern.
+    patterns = [tuple(of[min(i, len(of) - 1)] for of in names) for i in range(max(map(len, names)))]
+    progress.stage("time", len(patterns) + 1)
+    chain.load(patterns)
+    for name in noise.keys() - {"latents", "timestep"}:
+        chain.hold(name, noise[name])
+    seconds = 0.0
+    for pattern in patterns:
+        progress.item(pattern[-1])
+        # Twice: the buffers shall hold what a run would leave there, and the first call is no measure.
+        for _ in range(2):
+            before = time.perf_counter()
+            chain.step(noise["latents"], 500.0, pattern)
+            took = time.perf_counter() - before
+        seconds += took
+    repeats = max(LEAST, min(MOST, int(SECONDS / seconds)))
+    progress.item(f"{repeats} times")
+    times = chain.time_blocks(repeats)
+    return {
+        block.variants[name].onnx: round(1000 * found, 4)
+        for block in manifest.blocks
+        for name, found in times[block.name].items()
+    }, repeats
+
+
+def dominated(blocks: tuple[BlockEntry, ...], milliseconds: Mapping[str, float]) -> dict[str, dict[str, str]]:
+    """Return the variants that are slower than another of at least their bits, and the fastest such.
+
+    Args:
+        blocks: The denoiser's.
+        milliseconds: Of every variant, by its ONNX file; others are not looked at.
+
+    Returns:
+        By block and by the name of the variant.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for block in blocks:
+        timed = {name: v for name, v in block.variants.items() if v.onnx in milliseconds}
+        for name, variant in timed.items():
+            at_least = [other for other in timed if _covers(block, other, name)]
+            best = min(at_least, key=lambda other: milliseconds[timed[other].onnx])
+            if milliseconds[timed[best].onnx] < (1 - MARGIN) * milliseconds[variant.onnx]:
+                found.setdefault(block.name, {})[name] = best
+    return found
+
+
+def _covers(block: BlockEntry, other: str, name: str) -> bool:
+    """Return whether every layer has at least the bits in variant ``other`` that it has in ``name``."""
+    if block.variants[other].bits < block.variants[name].bits:
+        return False
+    pairs = zip(block.layer_bits(other), block.layer_bits(name), strict=True)
+    return all(more >= bits for more, bits in pairs)
