@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "schedules": SHAPES,
     "variants": ("emoji",),
     "planning": ("emoji",),
+    "residency": SHAPES,
 }
 """Name, which is also that of the module, and the shapes it makes sense for."""
 

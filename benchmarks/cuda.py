@@ -243,7 +243,7 @@ def host_overhead(chain: Chain, step: Step, bits: int) -> dict[str, float]:
 
     backend: Any = chain._backend
     step()
-    plan = chain._plans[chain.uniform(bits)]
+    plan = chain._sequences[chain.uniform(bits)]
     (_, before), (_, after) = runtime.cudaEventCreate(), runtime.cudaEventCreate()
     seconds: dict[str, list[float]] = {"wall": [], "device": [], "started": []}
     for _ in range(SAMPLES):

@@ -159,6 +159,6 @@ class _PeerChain:
     def hold(self, name: str, array: Array) -> None:
         self._text = array
 
-    def step(self, latents: Array, timestep: float, pattern: Any) -> Array:
+    def step(self, latents: Array, timestep: float, pattern: Any, before: Any = None) -> Array:
         assert self._text is not None
         return self._denoiser(latents, timestep, self._text)

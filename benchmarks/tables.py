@@ -209,6 +209,37 @@ def _planning(result: dict[str, Any]) -> str:
     return table([*head, target, f"peak memory; target {size / 1e6:.0f} MB", ""], rows)
 
 
+def _residency(result: dict[str, Any]) -> str:
+    seconds = table(
+        ["", "everything stays", "half the memory", "ratio", "target", "", "in CPU time"],
+        [
+            [
+                row["name"],
+                _spread(row["base"]),
+                _spread(row["half"]),
+                f"{row['ratio']:.3f}",
+                f"≤ {row['target']:.2f}",
+                _verdict(row["ratio"] <= row["target"]),
+                f"{row['cpu_ratio']:.3f}",
+            ]
+            for row in result["rows"]
+        ],
+    )
+    megabytes = table(
+        ["budget", "MB", "predicted peak", "measured peak", "measured / predicted", "loaded"],
+        [
+            [
+                f"{row['fraction']:.2f} of all" if row["fraction"] else "the smallest",
+                *(f"{row[key] / 1e6:.1f}" for key in ("budget", "peak", "measured_peak")),
+                f"{row['measured_peak'] / row['peak']:.3f}",
+                f"{row['loaded'] / 1e6:.0f} MB",
+            ]
+            for row in result["peaks"]
+        ],
+    )
+    return f"{seconds}\n\n{megabytes}"
+
+
 RENDERERS = {
     "chain": _chain,
     "images": _images,
@@ -216,4 +247,5 @@ RENDERERS = {
     "build": _build,
     "planning": _planning,
     "cuda": _cuda,
+    "residency": _residency,
 }

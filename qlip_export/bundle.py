@@ -5,6 +5,7 @@ JSON, ONNX, raw tensors and engine files only; nothing in a bundle is ever unpic
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from math import isfinite
@@ -18,6 +19,7 @@ from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import (
+    BYTES,
     Container,
     DType,
     Frozen,
@@ -59,6 +61,11 @@ class TensorEntry(Frozen):
     shape: tuple[int, ...]
     dtype: DType
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * BYTES[self.dtype]
+
 
 class EngineFacts(Frozen):
     """What a compiler tells of its engine."""
@@ -77,6 +84,14 @@ class EngineFacts(Frozen):
     )
 
 
+class EngineMemory(Frozen):
+    """Bytes of the device's memory that a loaded engine takes, beside its bound inputs and outputs."""
+
+    resident: int = Field(ge=0, description="as long as it is loaded")
+    scratch: int = Field(ge=0, description="while it runs, and afterwards unless it gives it back")
+    loading: int = Field(ge=0, description="beyond `resident`, while it is being loaded")
+
+
 class EngineEntry(Frozen):
     """A compiled engine."""
 
@@ -86,6 +101,9 @@ class EngineEntry(Frozen):
     outputs: tuple[TensorEntry, ...]
     widened: bool = Field(default=False, description="computes in FP32 where the graph has FP16")
     facts: EngineFacts | None = Field(default=None, description="none: the compiler does not tell")
+    memory: EngineMemory | None = Field(
+        default=None, description="measured where it was compiled; none: it could not be run there"
+    )
 
 
 class TimingEntry(Frozen):

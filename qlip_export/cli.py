@@ -350,6 +350,13 @@ def generate(
     ] = None,
     backend: TargetOption = "auto",
     threads: ThreadsOption = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory that engines may take, e.g. 600MB; they come and go as the run needs.",
+            show_default="all engines of a run stay loaded",
+        ),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Draw the bits of each block and step.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -357,11 +364,13 @@ def generate(
     from qlip_export.display import print_schedules
     from qlip_export.progress import Silent, progress_for_terminal
     from qlip_export.runtime import TextToImage
+    from qlip_export.runtime.budget import parse_budget
 
     if not prompt or not all(p.strip() for p in prompt):
         raise QlipError(
             "a prompt is empty", expected="text", fix='e.g. qlip-export generate BUNDLE "a red apple"'
         )
+    budget = None if memory_budget is None else parse_budget(memory_budget)
     pipeline = TextToImage.load(bundle, backend=backend, threads=threads)
     if bits is not None:
         pipeline.bundle.bits(bits)
@@ -382,6 +391,7 @@ def generate(
             guidance=guidance,
             negative_prompt=negative_prompt,
             bits=bits,
+            memory_budget=budget,
             on_step=lambda done, total: progress.item(f"step {done} of {total}"),
             on_image=save,
         )
@@ -398,6 +408,12 @@ def generate(
         print(
             f"{record['file']}  seed {record['seed']}, {quality}{record['fab']:.2f} bits on average, "
             f"{seconds['total']:.2f} s ({1000 * sum(seconds['steps']) / len(seconds['steps']):.0f} ms a step)"
+        )
+    if "memory" in (last := result.records[-1]):
+        used = {name: size / 1e6 for name, size in last["memory"].items()}
+        print(
+            f"memory of engines: at most {used['peak']:.0f} MB of {used['budget']:.0f}; "
+            f"all at once would take {used['all_resident']:.0f}, the least is {used['smallest']:.0f}"
         )
 
 

@@ -132,25 +132,20 @@ def compile_target(
 
         def make(engine: Path, onnx: str = onnx, container: Container = container) -> JsonValue:
             try:
-                made: JsonValue = backend.compile(source(onnx), engine, container).model_dump(mode="json")
+                compiled = backend.compile(source(onnx), engine, container)
             except MemoryError as error:
                 raise QlipError(
                     f"memory ran out while {backend.name} compiled {Path(onnx).name}",
                     found=str(error) or None,
                     fix="free memory and run the same command again; what is finished is kept",
                 ) from error
+            entry = _entry(jobs[onnx], container, compiled)
+            compiled = compiled.model_copy(update={"memory": backend.measure(engine, entry)})
+            made: JsonValue = compiled.model_dump(mode="json")
             return made
 
         _, made = workspace.product(jobs[onnx], keys[onnx], make)
-        compiled = Compiled.model_validate(made)
-        engines[onnx] = EngineEntry(
-            path=jobs[onnx],
-            container=container,
-            inputs=compiled.inputs,
-            outputs=compiled.outputs,
-            widened=compiled.widened,
-            facts=compiled.facts,
-        )
+        engines[onnx] = _entry(jobs[onnx], container, Compiled.model_validate(made))
     return TargetEntry(
         backend=backend.name,
         version=can.version,
@@ -158,6 +153,18 @@ def compile_target(
         half=can.half,
         options=dict(can.options),
         engines=engines,
+    )
+
+
+def _entry(path: str, container: Container, compiled: Compiled) -> EngineEntry:
+    return EngineEntry(
+        path=path,
+        container=container,
+        inputs=compiled.inputs,
+        outputs=compiled.outputs,
+        widened=compiled.widened,
+        facts=compiled.facts,
+        memory=compiled.memory,
     )
 
 

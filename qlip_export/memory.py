@@ -63,8 +63,14 @@ def kibibytes(size: int) -> float:
 
 
 def account(manifest: Manifest) -> list[MemoryRow]:
-    """Return the account of a bundle: what QLIP adds, the model, and the files."""
-    return [*_policy(manifest), *_model(manifest), *_files(manifest)]
+    """Return the account of a bundle: what QLIP adds, the model, its weights, the files, loaded engines."""
+    return [
+        *_policy(manifest),
+        *_model(manifest),
+        *_weights(manifest),
+        *_files(manifest),
+        *_loaded(manifest),
+    ]
 
 
 def _policy(manifest: Manifest) -> list[MemoryRow]:
@@ -101,6 +107,53 @@ def _model(manifest: Manifest) -> list[MemoryRow]:
     for part, name in (*parts, ("VAE decoder", "vae_decoder")):
         rows.append((part, manifest.files[f"onnx/{name}.weights.bin"].size, "as the checkpoint stores it"))
     return [MemoryRow(group="model", part=part, bytes=size, note=note) for part, size, note in rows]
+
+
+class _Stored(Frozen, extra="ignore"):
+    dtype: str
+    length: int
+
+
+class _Index(Frozen, extra="ignore"):
+    tensors: dict[str, _Stored]
+
+
+def _weights(manifest: Manifest) -> list[MemoryRow]:
+    """Account for what lies in the weight files, by what it is."""
+    sizes: dict[str, list[int]] = {}
+    for path, entry in manifest.files.items():
+        if not path.endswith(".weights.bin") or entry.facts is None:
+            continue
+        for name, tensor in _Index.model_validate(entry.facts).tensors.items():
+            if name.endswith(".codes"):
+                kind = f"{_CODE_BITS.get(tensor.dtype, tensor.dtype)}-bit weights"
+            elif name.removesuffix(".half").endswith(".scale"):
+                kind = "scales"
+            else:
+                kind = f"unquantized, {path.removeprefix('onnx/').removesuffix('.weights.bin')}"
+            sizes.setdefault(kind, []).append(tensor.length)
+    return [
+        MemoryRow(group="weights", part=kind, bytes=sum(found), note=f"{len(found)} tensors")
+        for kind, found in sizes.items()
+    ]
+
+
+_CODE_BITS = {"INT4": "4", "INT8": "8"}
+
+
+def _loaded(manifest: Manifest) -> list[MemoryRow]:
+    """Account for what the engines of each target take when all of them are loaded."""
+    rows = []
+    for name, target in manifest.targets.items():
+        known = [engine.memory for engine in target.engines.values() if engine.memory is not None]
+        note = f"{len(known)} of {len(target.engines)} engines, measured where they were compiled"
+        for part, size in (
+            ("resident", sum(memory.resident for memory in known)),
+            ("scratch", sum(memory.scratch for memory in known)),
+        ):
+            if known:
+                rows.append(MemoryRow(group="loaded", part=f"{name}, {part}", bytes=size, note=note))
+    return rows
 
 
 def _files(manifest: Manifest) -> list[MemoryRow]:

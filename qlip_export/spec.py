@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlip_export.errors import QlipError
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
+BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
 WeightBits = Literal[4, 8, 32]
 Granularity = Literal["coarse", "fine", "whole"]
 Unit = Literal["block", "layer"]

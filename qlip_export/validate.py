@@ -24,6 +24,7 @@ from qlip_export.noise import seeded_noise
 from qlip_export.parity import save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
+from qlip_export.runtime.chain import Pattern
 from qlip_export.runtime.tokenizer import PromptTokenizer
 from qlip_export.spec import Container, Frozen, container_of
 from qlip_export.zoo import model_of
@@ -176,14 +177,19 @@ def _record(
     original = pipeline.chain.step
     count = 0
 
-    def recording(latents: Any, timestep: float, pattern: Any) -> Any:
+    def recording(
+        latents: NDArray[np.float32],
+        timestep: float,
+        pattern: Pattern,
+        before: Callable[[], None] | None = None,
+    ) -> NDArray[np.float32]:
         nonlocal count
         if count in steps:
             time = np.array([timestep], dtype=np.float32)
             found.append({**pipeline.chain.held, "latents": latents, "timestep": time})
         count += 1
         on_step()
-        return original(latents, timestep, pattern)
+        return original(latents, timestep, pattern, before)
 
     pipeline.chain.step = recording  # type: ignore[method-assign]
     try:

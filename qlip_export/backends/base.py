@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
 from qlip_export.backends.options import CompileOptions, refused
-from qlip_export.bundle import EngineEntry, EngineFacts, LayerEntry, TargetEntry, TensorEntry
+from qlip_export.bundle import (
+    EngineEntry,
+    EngineFacts,
+    EngineMemory,
+    LayerEntry,
+    TargetEntry,
+    TensorEntry,
+)
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, Container, DType, Frozen
 
@@ -67,10 +74,17 @@ class Compiled(Frozen):
     outputs: tuple[TensorEntry, ...]
     widened: bool = Field(default=False, description="computes in FP32 where the graph has FP16")
     facts: EngineFacts | None = Field(default=None, description="none: the library does not tell")
+    memory: EngineMemory | None = None
 
 
 class Engine(ABC):
-    """A loaded engine with its inputs and outputs bound to buffers."""
+    """A loaded engine with its inputs and outputs bound to buffers.
+
+    Attributes:
+        frugal: Whether `run` gives back what the engine needs only while it runs.
+    """
+
+    frugal: bool = False
 
     @abstractmethod
     def bind(self, name: str, buffer: Buffer) -> None:
@@ -84,11 +98,26 @@ class Engine(ABC):
         and `Backend.read` and `Backend.synchronize` wait for them.
         """
 
+    def release(self) -> bool:
+        """Give back now what earlier runs left for the next one.
+
+        Returns:
+            Whether that was possible; otherwise only dropping the engine does.
+        """
+        return True
+
 
 class Backend(ABC):
-    """One vendor library."""
+    """One vendor library.
+
+    Attributes:
+        name: In ``BACKENDS``.
+        reserve: Bytes that a memory budget sets aside for what library and allocator keep while engines come
+            and go.
+    """
 
     name: str
+    reserve: int = 0
 
     @abstractmethod
     def __init__(self, *, threads: int | None) -> None:
@@ -140,6 +169,10 @@ class Backend(ABC):
         Raises:
             QlipError: The library refuses the graph.
         """
+
+    def measure(self, path: Path, entry: EngineEntry) -> EngineMemory | None:
+        """Return what an engine file takes when it is loaded and run here; ``None``: that cannot be told."""
+        return None
 
     @abstractmethod
     def load(self, path: Path, entry: EngineEntry) -> Engine:

@@ -11,7 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
-from qlip_export.bundle import EngineEntry, TensorEntry
+from qlip_export.backends.memory import measure_engine
+from qlip_export.bundle import EngineEntry, EngineMemory, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
 
@@ -32,6 +33,7 @@ class OnnxRuntimeBackend(Backend):
     """The CPU execution provider. An engine file is the ONNX graph after ONNX Runtime's own optimization."""
 
     name = "onnxruntime"
+    reserve = 12_000_000
 
     def __init__(self, *, threads: int | None) -> None:
         """Remember ``threads``, the intra-op threads of each engine."""
@@ -86,6 +88,10 @@ class OnnxRuntimeBackend(Backend):
             outputs=tuple(_entry(p) for p in session.get_outputs()),
         )
 
+    def measure(self, path: Path, entry: EngineEntry) -> EngineMemory | None:
+        """See `Backend.measure`."""
+        return measure_engine(self, path, entry)
+
     def load(self, path: Path, entry: EngineEntry) -> Engine:
         """See `Backend.load`."""
         try:
@@ -122,6 +128,8 @@ class _OnnxRuntimeEngine(Engine):
         self._session = session
         self._binding = session.io_binding()
         self._inputs = {i.name for i in session.get_inputs()}
+        self._shrinking = ort.RunOptions()
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def bind(self, name: str, buffer: Buffer) -> None:
         if name in self._inputs:
@@ -130,7 +138,10 @@ class _OnnxRuntimeEngine(Engine):
             self._binding.bind_ortvalue_output(name, buffer)
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._shrinking if self.frugal else None)
+
+    def release(self) -> bool:
+        return False  # an arena shrinks at the end of a run or not at all
 
 
 def _entry(port: Any) -> TensorEntry:

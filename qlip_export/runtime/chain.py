@@ -1,23 +1,24 @@
 """Block engines run one after the other, sharing buffers: the denoiser at any choice of bits per block.
 
 Every value between blocks has one buffer for each dtype that some variant reads or writes. Engines are bound
-to them once, when they are loaded; a step then only starts engines. Where neighbours disagree about the dtype
+to them when they are loaded; a step then only starts engines. Where neighbours disagree about the dtype
 (an FP32 block after a BF16 one), the plan of that bit pattern contains a cast.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Engine
-from qlip_export.bundle import BlockEntry, Bundle, EngineEntry
+from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, TensorEntry
 from qlip_export.errors import QlipError
+from qlip_export.runtime.engines import Engines
 from qlip_export.runtime.targets import Target
 from qlip_export.spec import DType, variant_name
 
@@ -28,15 +29,17 @@ Pattern = tuple[str, ...]
 class Chain:
     """The denoiser of a bundle."""
 
-    def __init__(self, bundle: Bundle, target: Target) -> None:
-        """Prepare buffers lazily; no engine is loaded yet."""
+    def __init__(self, bundle: Bundle, target: Target, engines: Engines | None = None) -> None:
+        """Prepare buffers lazily; no engine is loaded yet. Others may share its ``engines``."""
         self.blocks = bundle.manifest.blocks
         self._bundle = bundle
-        self._target = target.entry
         self._backend = target.backend
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines = Engines(bundle, target) if engines is None else engines
         self._buffers: dict[tuple[str, DType], Buffer] = {}
-        self._plans: dict[Pattern, Callable[[], None]] = {}
+        self._plans: dict[Pattern, list[_Call]] = {}
+        self._sizes: dict[tuple[str, DType], int] = {}
+        self._sequences: dict[Pattern, Callable[[], None]] = {}
+        self._drops = 0
         self._external = {t.name for t in bundle.manifest.inputs}
         self._held: dict[str, NDArray[np.float32]] = {}
 
@@ -50,21 +53,53 @@ class Chain:
         Raises:
             QlipError: The bundle has no such variant, or an engine file is damaged.
         """
-        missing: dict[tuple[str, str], EngineEntry] = {}
         patterns = list(patterns)
+        self._engines.ensure(self.prepare(patterns))
+        if self._drops != self._engines.drops:  # what a backend recorded may start an engine that is gone
+            self._drops = self._engines.drops
+            self._sequences.clear()
         for pattern in patterns:
-            for block, variant in zip(self.blocks, pattern, strict=True):
-                if (block.name, variant) not in self._engines:
-                    missing[block.name, variant] = self._engine_entry(block, variant)
-        # Hashing and loading are single-threaded and leave the interpreter free: two at a time.
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            loaded = pool.map(self._load, missing.values())
-            for (key, entry), engine in zip(missing.items(), loaded, strict=True):
-                self._bind(engine, entry)
-                self._engines[key] = engine
-        for pattern in patterns:
-            if pattern not in self._plans:
-                self._plans[pattern] = self._backend.sequence(self._plan(pattern))
+            if pattern not in self._sequences:
+                calls = [call.run for call in self._plan(pattern)]
+                self._sequences[pattern] = self._backend.sequence(calls)
+
+    def engines_of(self, patterns: Iterable[Pattern]) -> list[str]:
+        """Return the engines that ``patterns`` run, in that order.
+
+        Raises:
+            QlipError: The bundle has no such variant.
+        """
+        return [
+            self._variant(block, variant)
+            for pattern in patterns
+            for block, variant in zip(self.blocks, pattern, strict=True)
+        ]
+
+    def prepare(self, patterns: Iterable[Pattern]) -> list[str]:
+        """Make the buffers of ``patterns``, so that their engines can be loaded; return those."""
+        keys = list(dict.fromkeys(self.engines_of(dict.fromkeys(patterns))))
+        for place, port in self._ports(keys):
+            if place not in self._buffers:
+                buffer = self._buffers[place] = self._backend.allocate(port.shape, port.dtype)
+                self._sizes[place] = port.nbytes
+                if port.name in self._held:
+                    self._backend.write(buffer, self._held[port.name])
+        for key in keys:
+            self._engines.expect(key, self._bind)
+        return keys
+
+    def buffer_bytes(self, keys: Iterable[str], *, alone: bool = False) -> int:
+        """Return the bytes of the buffers after engines ``keys`` got theirs; ``alone``, of theirs only."""
+        sizes = {} if alone else self._sizes
+        return sum((sizes | {place: port.nbytes for place, port in self._ports(keys)}).values())
+
+    def keep_buffers(self, keys: Iterable[str]) -> None:
+        """Drop all buffers but those of the engines ``keys``; no other engine of the chain may be loaded."""
+        kept = {place for place, _ in self._ports(keys)}
+        self._buffers = {place: buffer for place, buffer in self._buffers.items() if place in kept}
+        self._sizes = {place: size for place, size in self._sizes.items() if place in kept}
+        self._plans.clear()
+        self._sequences.clear()
 
     def hold(self, name: str, array: NDArray[np.float32]) -> None:
         """Set an input that stays the same over all steps of a run, e.g. the text states."""
@@ -78,7 +113,13 @@ class Chain:
         """What `hold` was last given, by name."""
         return dict(self._held)
 
-    def step(self, latents: NDArray[np.float32], timestep: float, pattern: Pattern) -> NDArray[np.float32]:
+    def step(
+        self,
+        latents: NDArray[np.float32],
+        timestep: float,
+        pattern: Pattern,
+        before: Callable[[], None] | None = None,
+    ) -> NDArray[np.float32]:
         """Run the denoiser once.
 
         Args:
@@ -86,6 +127,7 @@ class Chain:
                 unconditional half first.
             timestep: As the sampler table gives it.
             pattern: Variant of every block; its engines must be loaded.
+            before: Called before each engine; after it, only that one must be loaded.
 
         Returns:
             The prediction, (rows, C, H, W) float32.
@@ -95,9 +137,15 @@ class Chain:
                 self._backend.write(buffer, latents)
             elif name == "timestep":
                 self._backend.write(buffer, np.array([timestep], dtype=np.float32))
-        self._plans[pattern]()
+        if before is None:
+            self._sequences[pattern]()
+        else:
+            for call in self._plan(pattern):
+                if call.starts_engine:
+                    before()
+                call.run()
         (output,) = self.blocks[-1].outputs
-        dtype = self._engine_entry(self.blocks[-1], pattern[-1]).outputs[0].dtype
+        dtype = self._engines.entry(self._variant(self.blocks[-1], pattern[-1])).outputs[0].dtype
         result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
         return result
 
@@ -115,10 +163,13 @@ class Chain:
         seconds: dict[tuple[str, str], list[float]] = {
             (block.name, variant): [] for block in self.blocks for variant in block.variants
         }
+        engines = {
+            (b.name, variant): entry.onnx for b in self.blocks for variant, entry in b.variants.items()
+        }
         for repeat in range(repeats + 1):
             on_repeat()
             for key, found in seconds.items():
-                engine = self._engines[key]
+                engine = self._engines[engines[key]]
                 before = time.perf_counter()
                 engine.run()
                 self._backend.synchronize()
@@ -129,7 +180,11 @@ class Chain:
             for block in self.blocks
         }
 
-    def _engine_entry(self, block: BlockEntry, variant: str) -> EngineEntry:
+    def every_engine(self) -> list[str]:
+        """Return the engines of all variants of all blocks."""
+        return [entry.onnx for block in self.blocks for entry in block.variants.values()]
+
+    def _variant(self, block: BlockEntry, variant: str) -> str:
         entry = block.variants.get(variant)
         if entry is None:
             raise QlipError(
@@ -138,36 +193,49 @@ class Chain:
                 found=variant,
                 fix="build the bundle with --granularity block for uniform bits",
             )
-        return self._bundle.engine(self._target, entry.onnx)
+        return entry.onnx
 
-    def _load(self, entry: EngineEntry) -> Engine:
-        return self._backend.load(self._bundle.file(entry.path), entry)
+    def _ports(self, keys: Iterable[str]) -> Iterator[tuple[tuple[str, DType], TensorEntry]]:
+        """Yield the ports of these engines and the places of their buffers."""
+        for key in keys:
+            entry = self._engines.entry(key)
+            for port in (*entry.inputs, *entry.outputs):
+                yield (port.name, port.dtype), port
 
     def _bind(self, engine: Engine, entry: EngineEntry) -> None:
         for port in (*entry.inputs, *entry.outputs):
-            key = (port.name, port.dtype)
-            if key not in self._buffers:
-                self._buffers[key] = self._backend.allocate(port.shape, port.dtype)
-                if port.name in self._held:
-                    self._backend.write(self._buffers[key], self._held[port.name])
-            engine.bind(port.name, self._buffers[key])
+            engine.bind(port.name, self._buffers[port.name, port.dtype])
 
-    def _plan(self, pattern: Pattern) -> list[Callable[[], None]]:
-        plan: list[Callable[[], None]] = []
+    def _plan(self, pattern: Pattern) -> list[_Call]:
+        if pattern in self._plans:
+            return self._plans[pattern]
+        plan: list[_Call] = []
         ready: dict[str, list[DType]] = {}
-        for block, variant in zip(self.blocks, pattern, strict=True):
-            entry = self._engine_entry(block, variant)
+        for key in self.engines_of([pattern]):
+            entry = self._engines.entry(key)
             for port in entry.inputs:
                 if port.name in self._external or port.dtype in ready[port.name]:
                     continue
                 source = self._buffers[port.name, ready[port.name][0]]
                 target = self._buffers[port.name, port.dtype]
-                plan.append(_cast(self._backend, source, target))
+                plan.append(_Call(_cast(self._backend, source, target)))
                 ready[port.name].append(port.dtype)
-            plan.append(self._engines[block.name, variant].run)
+            plan.append(_Call(_start(self._engines, key), starts_engine=True))
             for port in entry.outputs:
                 ready[port.name] = [port.dtype]
+        self._plans[pattern] = plan
         return plan
+
+
+@dataclass(frozen=True)
+class _Call:
+    run: Callable[[], None]
+    starts_engine: bool = False
+
+
+def _start(engines: Engines, key: str) -> Callable[[], None]:
+    # An engine may be dropped and loaded again between two steps.
+    return lambda: engines[key].run()
 
 
 def _cast(backend: Backend, source: Buffer, target: Buffer) -> Callable[[], None]:

@@ -13,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qlip_export.backends.base import Buffer
-from qlip_export.bundle import Bundle, ComponentEntry, EngineEntry
+from qlip_export.bundle import Bundle
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
+from qlip_export.runtime.budget import parse_budget
 from qlip_export.runtime.chain import Chain, Pattern
+from qlip_export.runtime.component import Component
 from qlip_export.runtime.conditioning import Conditioner
 from qlip_export.runtime.dispatch import dispatch
+from qlip_export.runtime.engines import Engines
+from qlip_export.runtime.room import Room
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from qlip_export.runtime.targets import Target, choose_target
@@ -43,7 +46,8 @@ class Generation:
             steps) and `engine_switches` (changes of a block's engine between consecutive steps, summed) are
             those of the whole batch. `instead` names, by block, variants that were found to be slower than
             others of at least their bits, and those, which ran in their place (`bits`, `variants` and `fab`
-            are those that were chosen). `target` names the engines. `seconds`, of the whole batch:
+            are those that were chosen). `target` names the engines. `memory`, with a
+            budget, is a `MemoryUse`. `seconds`, of the whole batch:
             `total`, `policy` (deciding the bits), `prompt_and_load`, `steps`, `decode`.
     """
 
@@ -64,12 +68,13 @@ class TextToImage:
         self.bundle = bundle
         self.target = target
         self.backend = target.backend
-        self.chain = Chain(bundle, target)
-        encoders = {e.name: _Component(bundle, e, target) for e in bundle.manifest.text_encoders}
-        self._conditioner = Conditioner(bundle, encoders)
-        self._vae_decoder = _Component(bundle, bundle.manifest.vae_decoder, target)
+        self._engines = Engines(bundle, target)
+        self.chain = Chain(bundle, target, self._engines)
+        self._encoders = {e.name: Component(e, target, self._engines) for e in bundle.manifest.text_encoders}
+        self._conditioner = Conditioner(bundle, self._encoders)
+        self._vae_decoder = Component(bundle.manifest.vae_decoder, target, self._engines)
         policy = bundle.manifest.policy
-        self._policy = _Component(bundle, policy, target) if policy else None
+        self._policy = Component(policy, target, self._engines) if policy else None
         self._schedule = Scheduler(policy.table, bundle.manifest.blocks) if policy else None
         self._lock = threading.Lock()
 
@@ -99,6 +104,7 @@ class TextToImage:
         latents: NDArray[np.float32] | None = None,
         guidance: float | None = None,
         bits: int | None = None,
+        memory_budget: int | str | None = None,
         on_step: OnStep | None = None,
         on_image: OnImage | None = None,
     ) -> Generation:
@@ -114,12 +120,15 @@ class TextToImage:
             latents: Initial noise instead of a seed, (N, C, H, W) float32 of unit variance.
             guidance: Guidance scale; the model's own by default.
             bits: Activation bits of all blocks at all steps, instead of the policy's choice.
+            memory_budget: Most bytes that engines and the values between them may take at any moment, as a
+                number or e.g. ``600MB``; see `residency`. The interpreter and the backend's library are not
+                in it. Without one, everything that was loaded stays loaded.
             on_step: Progress callback.
             on_image: Called as soon as an image is made.
 
         Raises:
-            QlipError: No prompt, latents of another shape, bits that are not in the bundle, or a negative
-                prompt or a guidance scale that the model has no use for.
+            QlipError: No prompt, latents of another shape, bits that are not in the bundle, a memory budget
+                that is too small, or a negative prompt or a guidance scale that the model has no use for.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -140,6 +149,7 @@ class TextToImage:
                 raise QlipError("latents of the wrong shape", expected=str(shape), found=str(noise.shape))
         if bits is not None or self._policy is None:
             self.bundle.bits(bits)  # refused before anything is loaded
+        budget = None if memory_budget is None else parse_budget(memory_budget)
         result = Generation([], [])
         size = self.bundle.manifest.shapes.batch_size
         steps = len(self.bundle.manifest.sampler.steps)
@@ -159,6 +169,7 @@ class TextToImage:
                     negative_prompt,
                     scale,
                     bits,
+                    budget,
                     result,
                     report,
                     on_image,
@@ -190,6 +201,7 @@ class TextToImage:
         negative: str | None,
         guidance: float,
         bits: int | None,
+        budget: int | None,
         result: Generation,
         report: Callable[[int], None],
         on_image: OnImage | None,
@@ -198,34 +210,39 @@ class TextToImage:
         count, size = len(prompts), self.bundle.manifest.shapes.batch_size
         padding = size - count  # the engines' batch is static: the last batch repeats its last prompt
         noise = np.concatenate([noise, np.repeat(noise[-1:], padding, axis=0)])
-        conditioned = self._conditioner(prompts + prompts[-1:] * padding, negative, guidance, count)
-        result.warnings += [w for w in conditioned.warnings if w not in result.warnings]
-        if bits is None and self._policy is not None:
-            self._policy.load()
-        deciding = time.perf_counter()
-        qualities, patterns = self._decide(conditioned.pooled, count, bits)
-        decided = time.perf_counter()
+        adaptive = self._policy if bits is None else None
+        first = [*self._encoders.values(), *([] if adaptive is None else [adaptive])]
+        room = Room(budget, self._engines, self.chain, [*first, self._vae_decoder])
+        room.require([self.chain.uniform(self.bundle.bits(bits))] if adaptive is None else None)
+        with room.running([], first):
+            conditioned = self._conditioner(prompts + prompts[-1:] * padding, negative, guidance, count)
+            result.warnings += [w for w in conditioned.warnings if w not in result.warnings]
+            if adaptive is not None and budget is None:
+                adaptive.load()
+            deciding = time.perf_counter()
+            qualities, patterns = self._decide(conditioned.pooled, count, bits)
+            decided = time.perf_counter()
         timing = self.target.entry.timing
         # Bits that a user asks for run as they are; of bits that were chosen for him, the fastest.
         instead = timing.instead if timing is not None and bits is None else {}
         running = dispatch(instead, self.chain.blocks, patterns)
-        self.chain.load(dict.fromkeys(running))
-        for name, array in conditioned.inputs.items():
-            self.chain.hold(name, array)
-        loaded = time.perf_counter()
-        sampler = Sampler(self.bundle.manifest.sampler)
-        sampler.start(noise)
-        pair = self.bundle.manifest.guidance.rows
-        seconds: list[float] = []
-        for pattern in running:
-            before = time.perf_counter()
-            rows = np.concatenate([sampler.denoiser_input()] * pair)
-            prediction = self.chain.step(rows, sampler.timestep, pattern)
-            sampler.step(guided(prediction[:size], prediction[size:], guidance) if pair > 1 else prediction)
-            seconds.append(time.perf_counter() - before)
-            report(len(seconds))
-        decoding = time.perf_counter()
-        pixels = self._vae_decoder(latents=sampler.latents)["image"]
+        with room.running(running, [self._vae_decoder]) as before:
+            for name, array in conditioned.inputs.items():
+                self.chain.hold(name, array)
+            loaded = time.perf_counter()
+            sampler = Sampler(self.bundle.manifest.sampler)
+            sampler.start(noise)
+            pair = self.bundle.manifest.guidance.rows
+            seconds: list[float] = []
+            for pattern in running:
+                begun = time.perf_counter()
+                rows = np.concatenate([sampler.denoiser_input()] * pair)
+                found = self.chain.step(rows, sampler.timestep, pattern, before)
+                sampler.step(guided(found[:size], found[size:], guidance) if pair > 1 else found)
+                seconds.append(time.perf_counter() - begun)
+                report(len(seconds))
+            decoding = time.perf_counter()
+            pixels = self._vae_decoder(latents=sampler.latents)["image"]
         if not np.isfinite(pixels).all():
             raise NotFiniteError(
                 "the image is not finite",
@@ -233,6 +250,7 @@ class TextToImage:
             )
         result.warnings += [note for note in self.backend.notes if note not in result.warnings]
         images = to_images(pixels[:count])
+        used = room.used
         ended = time.perf_counter()
         for prompt, seed, q, image in zip(prompts, seeds, qualities, images, strict=True):
             record = {
@@ -248,6 +266,7 @@ class TextToImage:
                 "instead": instead,
                 "engine_switches": engine_switches(running),
                 "target": self.target.name,
+                **({"memory": used.model_dump()} if used is not None else {}),
                 "seconds": {
                     "total": round(ended - started, 4),
                     "policy": round(decided - deciding, 6),
@@ -273,33 +292,6 @@ class TextToImage:
             return [None] * count, [uniform] * len(self.bundle.manifest.sampler.steps)
         qualities = [float(q) for q in self._policy(pooled=pooled)["quality"][:count]]
         return [*qualities], self._schedule(qualities)
-
-
-class _Component:
-    """Text encoder, VAE decoder or policy: one engine, loaded at its first call."""
-
-    def __init__(self, bundle: Bundle, entry: ComponentEntry, target: Target) -> None:
-        self._bundle, self._entry, self._target = bundle, entry, target.entry
-        self._backend = target.backend
-        self._buffers: dict[str, Buffer] = {}
-        self._engine: Any = None
-
-    def load(self) -> EngineEntry:
-        """Load the engine, unless it is loaded, and return its entry."""
-        entry = self._bundle.engine(self._target, self._entry.onnx)
-        if self._engine is None:
-            self._engine = self._backend.load(self._bundle.file(entry.path), entry)
-            for port in (*entry.inputs, *entry.outputs):
-                self._buffers[port.name] = self._backend.allocate(port.shape, port.dtype)
-                self._engine.bind(port.name, self._buffers[port.name])
-        return entry
-
-    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
-        entry = self.load()
-        for name, array in inputs.items():
-            self._backend.write(self._buffers[name], array)
-        self._engine.run()
-        return {port.name: self._backend.read(self._buffers[port.name]) for port in entry.outputs}
 
 
 def to_images(pixels: NDArray[np.float32]) -> list[Image.Image]:

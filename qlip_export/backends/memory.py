@@ -1,0 +1,112 @@
+"""What an engine takes of the process's memory, measured by loading, running and dropping it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from qlip_export.backends.base import Backend
+from qlip_export.bundle import EngineEntry, EngineMemory
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
+
+
+def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMemory | None:
+    """Return what an engine file takes when it is loaded into this process and run.
+
+    Resident memory is read after free memory has gone back to the system, so it counts pages that are in use:
+    private ones, and those of the engine file that a run reads. Compiled kernels, which the vendor library
+    keeps for the next engine, are not in it.
+
+    Args:
+        backend: Loads and runs it; its device must be this process's memory.
+        path: The engine file.
+        entry: Its ports.
+
+    Returns:
+        The bytes; ``None`` where the system does not tell (anything but Linux).
+    """
+    if peak_resident_bytes() is None:
+        return None
+    buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
+    return_free_memory()
+    reset_peak()
+    engine = backend.load(path, entry)
+    engine.frugal = True
+    for name, buffer in buffers.items():
+        engine.bind(name, buffer)
+    while_loading = _peak()
+    engine.run()
+    return_free_memory()
+    idle = resident_bytes()
+    reset_peak()
+    engine.run()
+    running = _peak()
+    del engine
+    return_free_memory()
+    resident = max(0, idle - resident_bytes())
+    return EngineMemory(
+        resident=resident, scratch=max(0, running - idle), loading=max(0, while_loading - idle)
+    )
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process (Linux)."""
+    return _field("VmRSS") or 0
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the most that was resident since `reset_peak`, or ``None`` where the system cannot tell."""
+    return _field("VmHWM") if os.access(_CLEAR, os.W_OK) else None
+
+
+def reset_peak() -> None:
+    """Begin a new peak."""
+    _CLEAR.write_text("5")
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc)."""
+    gc.collect()
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+def _peak() -> int:
+    return peak_resident_bytes() or 0
+
+
+def _field(name: str) -> int | None:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+@cache
+def return_large_blocks() -> None:
+    """Let the C library (glibc) give every block from 256 KB on back as soon as it is freed.
+
+    By itself it raises that size as it sees larger blocks freed, up to 32 MB, and what is smaller stays in
+    heaps with holes: after some loads and drops twice of what is in use. This holds for the whole process, so
+    it is done only where someone asks for a memory budget.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):  # not glibc
+        return None
+    return found

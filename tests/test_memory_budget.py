@@ -1,0 +1,263 @@
+"""A memory budget changes when engines are loaded, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qlip_export.backends.memory import peak_resident_bytes, resident_bytes, return_free_memory
+from qlip_export.bundle import EngineEntry
+from qlip_export.errors import QlipError
+from qlip_export.runtime import TextToImage
+from qlip_export.runtime.budget import parse_budget
+from tests import tamper
+from tests.conftest import STEPS, Cli
+
+PROMPTS = ["a red apple", "the blue boat", "a dog"]
+AMPLE = 10**9
+
+needs_linux = pytest.mark.skipif(peak_resident_bytes() is None, reason="resident memory is read from /proc")
+
+
+@pytest.fixture
+def pipeline(adaptive_bundle: Path) -> TextToImage:
+    return TextToImage.load(adaptive_bundle)
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return bool((np.asarray(first) == np.asarray(second)).all())
+
+
+def least(pipeline: TextToImage, prompt: str, **options: Any) -> int:
+    found: int = pipeline(prompt, seed=0, memory_budget=AMPLE, **options).records[0]["memory"]["smallest"]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["adaptive_bundle", "ort_bundle"])
+def test_images_are_the_same_at_any_budget(request: pytest.FixtureRequest, backend: str) -> None:
+    bundle = request.getfixturevalue(backend)
+    expected = TextToImage.load(bundle)(PROMPTS, seed=0)
+    pipeline = TextToImage.load(bundle)
+    smallest = least(pipeline, PROMPTS[0])
+    for budget in (AMPLE, smallest + 2_000_000, max(least(pipeline, p) for p in PROMPTS), None):
+        found = pipeline(PROMPTS, seed=0, memory_budget=budget)
+        for mine, theirs in zip(found.images, expected.images, strict=True):
+            assert same(mine, theirs)
+        for mine, theirs in zip(found.records, expected.records, strict=True):
+            assert mine["bits"] == theirs["bits"]
+            assert ("memory" in mine) == (budget is not None)
+            if budget is not None:
+                assert mine["memory"]["peak"] <= mine["memory"]["budget"] == budget
+
+
+def test_the_smallest_budget_works_and_less_is_refused_before_the_first_step(pipeline: TextToImage) -> None:
+    smallest = least(pipeline, PROMPTS[0])
+    used = pipeline(PROMPTS[0], seed=0, memory_budget=smallest).records[0]["memory"]
+    assert used["peak"] <= used["budget"] == used["smallest"] == smallest
+    assert used["loaded"] > used["smallest"] - pipeline.backend.reserve  # more than fits at once
+    steps: list[int] = []
+    with pytest.raises(QlipError, match="memory budget is too small") as caught:
+        pipeline(PROMPTS[0], memory_budget=smallest - 1, on_step=lambda done, total: steps.append(done))
+    assert steps == []
+    assert caught.value.fix is not None
+    named = caught.value.fix.removeprefix("--memory-budget ")
+    assert smallest <= parse_budget(named) < smallest + 100_000
+    again = pipeline(PROMPTS[0], seed=0, memory_budget=named).records[0]["memory"]
+    assert again["peak"] <= parse_budget(named)
+
+
+def test_no_room_for_the_text_encoder_names_what_does_for_every_prompt(pipeline: TextToImage) -> None:
+    with pytest.raises(QlipError, match="too small for every prompt") as caught:
+        pipeline(PROMPTS[0], memory_budget=1)
+    assert caught.value.fix is not None
+    named = caught.value.fix.removeprefix("--memory-budget ")
+    for prompt in PROMPTS:
+        assert least(pipeline, prompt) <= parse_budget(named)
+        pipeline(prompt, seed=0, memory_budget=named)
+
+
+def test_engines_are_dropped_and_loaded_again(adaptive_bundle: Path) -> None:
+    pipeline = TextToImage.load(adaptive_bundle)
+    smallest = least(pipeline, PROMPTS[0])
+    load, loaded = pipeline.backend.load, []
+
+    def counting(path: Path, entry: EngineEntry) -> Any:
+        loaded.append(path.name)
+        return load(path, entry)
+
+    pipeline.backend.load = counting  # type: ignore[method-assign]
+    pipeline(PROMPTS[0], seed=0, memory_budget=smallest)
+    assert max(loaded.count(name) for name in loaded) == STEPS
+    loaded.clear()
+    pipeline(PROMPTS[0], seed=0, memory_budget=AMPLE)
+    assert max(loaded.count(name) for name in loaded) == 1
+    loaded.clear()
+    pipeline(PROMPTS[0], seed=0, memory_budget=AMPLE)
+    assert loaded == []
+
+
+def test_a_damaged_engine_is_found_by_the_background_thread(adaptive_bundle: Path, tmp_path: Path) -> None:
+    damaged = tamper.copy_of(adaptive_bundle, tmp_path)
+    tamper.flip_byte(damaged / "engines" / "openvino" / "up_blocks.1.a8.blob")
+    pipeline = TextToImage.load(damaged)
+    with pytest.raises(QlipError, match=r"up_blocks\.1\.a8\.blob was altered after the build"):
+        pipeline(PROMPTS[0], seed=0, bits=8, memory_budget=AMPLE)
+    assert background_threads() == []
+    assert len(pipeline(PROMPTS[0], seed=0, bits=16, memory_budget=AMPLE).images) == 1
+
+
+def test_an_engine_that_changes_between_two_loads_is_found(adaptive_bundle: Path, tmp_path: Path) -> None:
+    bundle = tamper.copy_of(adaptive_bundle, tmp_path)
+    pipeline = TextToImage.load(bundle)
+    smallest = least(pipeline, PROMPTS[0], bits=8)
+    engine = bundle / "engines" / "openvino" / "up_blocks.1.a8.blob"
+    replaced = engine.with_suffix(".new")
+    replaced.write_bytes(bytes(engine.stat().st_size))
+    replaced.replace(engine)
+    with pytest.raises(QlipError, match="was altered after the build"):
+        pipeline(PROMPTS[0], seed=0, bits=8, memory_budget=smallest)
+
+
+def test_a_run_that_is_broken_off_leaves_no_thread_and_works_again(pipeline: TextToImage) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise EnoughError
+
+    smallest = least(pipeline, PROMPTS[0])
+    expected = pipeline(PROMPTS[0], seed=0).images[0]
+    with pytest.raises(EnoughError):
+        pipeline(PROMPTS[0], seed=0, memory_budget=smallest, on_step=stop)
+    assert background_threads() == []
+    assert same(pipeline(PROMPTS[0], seed=0, memory_budget=smallest).images[0], expected)
+
+
+def background_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("qlip-")]
+
+
+# --- amounts
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("600MB", 600_000_000),
+        ("1.5 GiB", 3 * 2**29),
+        ("1kb", 1000),
+        ("7B", 7),
+        (12, 12),
+        (" 2TB ", 2e12),
+    ],
+)
+def test_amounts(text: str | int, size: int) -> None:
+    assert parse_budget(text) == size
+
+
+@pytest.mark.parametrize("text", ["-5MB", "0MB", "much", "", "12", "12XB", "1e3MB", "MB", "600 M", "nanMB"])
+def test_bad_amounts_are_one_error(cli: Cli, adaptive_bundle: Path, tmp_path: Path, text: str) -> None:
+    done = cli("generate", adaptive_bundle, "a dog", "-o", tmp_path / "x.png", "--memory-budget", text)
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.startswith("error: the memory budget is no")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_numbers_below_one_byte(size: int) -> None:
+    with pytest.raises(QlipError, match="not above zero"):
+        parse_budget(size)
+
+
+def test_generate_tells_what_it_took(cli: Cli, adaptive_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("generate", adaptive_bundle, "a dog", "--seed", 0, "-o", tmp_path / "x.png")
+    done = cli(*arguments, "--memory-budget", "1GB")
+    assert done.code == 0
+    assert "memory of engines: at most" in done.out and "of 1000" in done.out
+    refused = cli(*arguments, "--memory-budget", "1kB")
+    assert refused.code == 2
+    assert "memory budget is too small" in refused.err and "--memory-budget" in refused.err
+
+
+# --- long-lived use
+
+
+def generate_often(bundle: Path, count: int, settled: int, threads: int) -> tuple[int, int]:
+    """Generate with changing prompts and budgets; return the resident memory when settled and at the end."""
+    pipelines = [TextToImage.load(bundle, threads=1) for _ in range(threads)]
+    budgets = [
+        None,
+        AMPLE,
+        *(max(least(pipelines[0], p) for p in PROMPTS) + extra for extra in (0, 2_000_000)),
+    ]
+    found: dict[int, int] = {}
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(threads)
+
+    def work(pipeline: TextToImage) -> None:
+        try:
+            for i in range(count // threads):
+                prompt, budget = PROMPTS[i % len(PROMPTS)], budgets[(i // 2) % len(budgets)]
+                pipeline(prompt, seed=i, memory_budget=budget, bits=(None, None, 8, 32)[i % 4])
+                if i + 1 in (settled // threads, count // threads):
+                    # All at rest, after the same prompt and budget.
+                    pipeline(PROMPTS[0], seed=0, memory_budget=AMPLE)
+                    if barrier.wait() == 0:
+                        return_free_memory()
+                        found[i + 1] = resident_bytes()
+                    barrier.wait()
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    workers = [threading.Thread(target=work, args=(p,)) for p in pipelines]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    before, after = found.values()
+    return before, after
+
+
+@needs_linux
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_leaks_in_a_while(adaptive_bundle: Path, threads: int) -> None:
+    before, after = generate_often(adaptive_bundle, 48, 16, threads)
+    assert after <= 1.03 * before, f"{before / 1e6:.1f} MB, then {after / 1e6:.1f} MB"
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_leaks_in_500_generations(adaptive_bundle: Path, threads: int) -> None:
+    before, after = generate_often(adaptive_bundle, 500, 50, threads)
+    print(f"{threads} threads: {before / 1e6:.1f} MB after 50 generations, {after / 1e6:.1f} MB after 500")
+    assert abs(after - before) <= 0.03 * before
+
+
+def test_two_threads_share_one_pipeline(pipeline: TextToImage) -> None:
+    expected = {prompt: pipeline(prompt, seed=0).images[0] for prompt in PROMPTS}
+    smallest = max(least(pipeline, prompt) for prompt in PROMPTS)
+    wrong: list[str] = []
+
+    def work(order: list[str]) -> None:
+        for i, prompt in enumerate(order * 3):
+            image = pipeline(prompt, seed=0, memory_budget=(smallest, AMPLE, None)[i % 3]).images[0]
+            if not same(image, expected[prompt]):
+                wrong.append(prompt)
+
+    workers = [threading.Thread(target=work, args=(order,)) for order in (PROMPTS, PROMPTS[::-1])]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
