@@ -33,7 +33,7 @@ CSS = """
 .bitmap td.ahead { opacity: .3; }
 @media (max-width: 640px) {
   .bitmap table { table-layout: fixed; }
-  .bitmap th { width: 6.5em; }
+  .bitmap th { width: 8em; }
   .bitmap td { min-width: 0; font-size: 0; }
 }
 #status { min-height: 1.5rem; }
