@@ -136,7 +136,7 @@ def kernels(bundle: Path, block: str, bits: int) -> set[str]:
     entry = engine_entry(bundle, block, bits)
     backend = OpenVINOBackend(threads=1)
     blob = io.BytesIO((bundle / entry.path).read_bytes())
-    compiled = ov.Core().import_model(blob, "CPU", backend._properties(entry.container))
+    compiled = ov.Core().import_model(blob, "CPU", backend._properties(entry.container, entry.widened))
     infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     layers = [i for i in infos if i["layerType"].astype(str) in ("Convolution", "FullyConnected")]
     assert layers
@@ -212,7 +212,12 @@ def test_graph_that_cannot_be_compiled_is_named(tmp_path: Path, backend: OpenVIN
 
 
 def test_threads_limit_the_engines() -> None:
-    assert get_backend("openvino", threads=1)._properties(Container.FLOAT)["INFERENCE_NUM_THREADS"] == 1
+    assert (
+        get_backend("openvino", threads=1)._properties(Container.FLOAT, widened=False)[
+            "INFERENCE_NUM_THREADS"
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
