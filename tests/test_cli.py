@@ -84,7 +84,10 @@ def told(error: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--backend", "tensorrrt"], ["unknown backend 'tensorrrt'", "auto, openvino, onnxruntime"]),
+        (
+            ["--backend", "tensorrrt"],
+            ["unknown backend 'tensorrrt'", "auto, onnxruntime-cuda, openvino, onnxruntime, tensorrt"],
+        ),
         (["--scheduler", "heun"], ["heun", "dpmsolver++, ddim, euler, pndm"]),
         (["--bits", "16,8"], ["the bit options must increase", "found: 16,8"]),
         (["--bits", "8,8"], ["the bit options must increase", "found: 8,8"]),
