@@ -34,7 +34,7 @@ from qlip_export.lora import LoraRef
 from qlip_export.pipelines import Pipeline, pipeline_of
 from qlip_export.policy.select import SelectedPolicy, select_policy
 from qlip_export.progress import Progress
-from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
+from qlip_export.prompts import CALIBRATION, GENERIC_PROMPTS, own_prompts, read_prompts
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
@@ -252,8 +252,8 @@ def _chooser(
         raise QlipError(f"{option} is about engines, and an export makes none", fix="qlip-export build")
     qualities: list[float] = []
     if options.precision == "layer":
-        path = folder / "prompts.txt" if folder is not None else None
-        prompts = read_prompts(path) if path is not None and path.is_file() else list(GENERIC_PROMPTS)
+        path = own_prompts(folder, CALIBRATION)
+        prompts = read_prompts(path) if path is not None else list(GENERIC_PROMPTS)
         qualities = prompt_qualities(checkpoint, policy.quality, prompts, workspace)
     return Chooser(
         policy.policy.table(steps),

@@ -45,7 +45,7 @@ from qlip_export.metrics import (
 from qlip_export.noise import seeded_noise
 from qlip_export.pipelines import pipeline_of
 from qlip_export.progress import Progress
-from qlip_export.prompts import GENERIC_PROMPTS, read_prompts
+from qlip_export.prompts import CALIBRATION, EVALUATION, GENERIC_PROMPTS, own_prompts, read_prompts
 from qlip_export.reference import check_same_model
 from qlip_export.renderers import POLICY, EngineRenderer, Renderer, SimulatorRenderer
 from qlip_export.spec import REFERENCE_BITS, Frozen, container_of
@@ -390,10 +390,8 @@ def _one_of(found: str, allowed: tuple[_Choice, ...], what: str) -> _Choice:
 def _prompts(options: EvaluateOptions, model: ZooModel, metrics: Sequence[Metric]) -> tuple[list[str], str]:
     """Return the prompts, and where they come from."""
     path, source = options.prompts, str(options.prompts or "built in")
-    if path is None and model.calibration is not None:
-        files = [model.calibration / name for name in ("evaluation.txt", "prompts.txt")]
-        path = next((file for file in files if file.is_file()), None)
-        source = f"{path.name} of {model.name}" if path else source
+    if path is None and (path := own_prompts(model.calibration, EVALUATION, CALIBRATION)) is not None:
+        source = f"{path.name} of {model.name}"
     every = read_prompts(path) if path is not None else list(GENERIC_PROMPTS)
     samples = min(DEFAULT_SAMPLES, len(every)) if options.samples is None else options.samples
     if samples > len(every):

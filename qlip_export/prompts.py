@@ -36,6 +36,20 @@ EMOJI_PROMPTS = (
 """Of the embedded model, plain and rich, in the words that it was trained on."""
 
 
+CALIBRATION = "prompts.txt"
+"""In a calibration folder: what a model is calibrated on."""
+EVALUATION = "evaluation.txt"
+"""The same, held out."""
+RICHNESS = "richness.txt"
+"""Concepts from the plainest to the richest prompt."""
+
+
+def own_prompts(calibration: Path | None, *names: str) -> Path | None:
+    """Return the first of the files ``names`` that a calibration folder holds, if there is such a folder."""
+    files = [] if calibration is None else [calibration / name for name in names]
+    return next((file for file in files if file.is_file()), None)
+
+
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a UTF-8 text file, one a line, blank lines ignored.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from qlip_export.commands.options import HeightOption, JsonOption, RevisionOption, WidthOption, numbers
 from qlip_export.errors import QlipError
 from qlip_export.spec import Granularity, Unit, WeightBits
 
@@ -24,24 +25,13 @@ def plan(
         str, typer.Option(help="Bits by block, or by layer: at most so many engines.")
     ] = "block",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
-    height: Annotated[
-        int | None, typer.Option(help="Height of images, pixels.", show_default="the model's own")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Width of images.", show_default="the model's own")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a model from the Hub.", show_default="main")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON result on stdout, all else on stderr.")
-    ] = False,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Tell what a build would be: blocks, layers, MACs, engines, bytes, memory, time; reads configs only."""
-    try:
-        options = tuple(int(part) for part in bits.split(","))
-    except ValueError as error:
-        raise QlipError("--bits is no list of numbers", expected="e.g. 8,16,32", found=bits) from error
+    options = numbers(bits)
     wanted = _one_of(get_args(WeightBits), weight_bits, "--weight-bits")
     cut = _one_of(get_args(Granularity), blocks, "--blocks")
     precision = _one_of(get_args(Unit), granularity, "--granularity")

@@ -7,36 +7,31 @@ from typing import Annotated
 
 import typer
 
+from qlip_export.commands.options import (
+    BundleArgument,
+    GuidanceOption,
+    JsonOption,
+    PromptsOption,
+    TargetOption,
+)
+
 
 def report(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text, a prompt a line.", show_default="the model's own, or generic"),
-    ] = None,
+    bundle: BundleArgument,
+    prompts: PromptsOption = None,
     images: Annotated[int, typer.Option(min=1, max=24, help="Prompts that are drawn.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed; prompt i uses SEED + i.")] = 0,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale.", show_default="the model family's own")
-    ] = None,
+    guidance: GuidanceOption = None,
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="Draw in FP32 with diffusers too.")
     ] = True,
     parity: Annotated[
         bool, typer.Option("--parity/--no-parity", help="Compare every engine with its graph.")
     ] = True,
-    backend: Annotated[
-        str,
-        typer.Option(
-            help="Whose engines of the bundle to run.",
-            show_default="auto: the first whose library and device are here",
-        ),
-    ] = "auto",
+    backend: TargetOption = "auto",
     out: Annotated[Path, typer.Option("-o", "--out", help="The page.")] = Path("report.html"),
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON result on stdout, all else on stderr.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a bundle on one HTML page that works offline: images, bits, engines, parity, provenance."""
     from qlip_export.progress import progress_for_terminal

@@ -24,7 +24,15 @@ from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 from qlip_export.noise import seeded_noise
 from qlip_export.progress import Progress
-from qlip_export.prompts import EMOJI_PROMPTS, GENERIC_PROMPTS, read_prompts
+from qlip_export.prompts import (
+    CALIBRATION,
+    EMOJI_PROMPTS,
+    EVALUATION,
+    GENERIC_PROMPTS,
+    RICHNESS,
+    own_prompts,
+    read_prompts,
+)
 from qlip_export.report.policy import PolicyStatistics, ladder_levels, statistics, word_levels
 from qlip_export.runtime import TextToImage
 from qlip_export.spec import Frozen
@@ -167,10 +175,10 @@ def _prompts(
         return own[: options.images], own[:POPULATION], options.prompts.name
     embedded = bundle.manifest.model.source in EMBEDDED
     shown = list(EMOJI_PROMPTS if embedded else GENERIC_PROMPTS)[: options.images]
-    for name in ("evaluation.txt", "prompts.txt"):
-        if calibration is not None and (file := calibration / name).is_file():
-            return shown, read_prompts(file)[:POPULATION], f"{name} of {bundle.manifest.model.name}"
-    return shown, list(GENERIC_PROMPTS), "the generic prompts"
+    file = own_prompts(calibration, EVALUATION, CALIBRATION)
+    if file is None:
+        return shown, list(GENERIC_PROMPTS), "the generic prompts"
+    return shown, read_prompts(file)[:POPULATION], f"{file.name} of {bundle.manifest.model.name}"
 
 
 def _noise(bundle: Bundle, seed: int) -> NDArray[np.float32]:
@@ -251,8 +259,8 @@ def _draw(
 def _decisions(
     pipeline: TextToImage, prompts: Sequence[str], source: str, calibration: Path | None, progress: Progress
 ) -> PolicyStatistics:
-    file = calibration / "richness.txt" if calibration is not None else None
-    ladder = read_prompts(file) if file is not None and file.is_file() else []
+    file = own_prompts(calibration, RICHNESS)
+    ladder = [] if file is None else read_prompts(file)
     progress.stage("decide", len(prompts) + len(ladder))
 
     def qualities(texts: Sequence[str]) -> list[float]:

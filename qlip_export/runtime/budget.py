@@ -14,21 +14,32 @@ _UNITS = {
 _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?((?:[KMGT]I?)?B)", re.IGNORECASE)
 
 
+def parse_size(amount: str, *, bare: bool = False) -> int | None:
+    """Return the bytes of an amount of memory: ``600MB`` (10**6 bytes each), ``1.5GiB`` (2**30).
+
+    Args:
+        amount: The text.
+        bare: Take a number without a unit as bytes.
+
+    Returns:
+        The bytes; ``None`` where it is no such amount.
+    """
+    text = amount.strip()
+    match = _AMOUNT.fullmatch(f"{text}B" if bare and text[-1:].isdigit() else text)
+    return None if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
+
+
 def parse_budget(amount: str | int) -> int:
-    """Return bytes: ``600MB`` (10**6 bytes each), ``1.5GiB`` (2**30), or a number of bytes.
+    """Return the bytes of a budget: text as `parse_size` reads it, or a number of bytes.
 
     Raises:
         QlipError: No such amount, or not above zero.
     """
-    if isinstance(amount, int):
-        size = amount
-    else:
-        match = _AMOUNT.fullmatch(amount.strip())
-        if match is None:
-            raise QlipError(
-                "the memory budget is no amount of memory", expected="e.g. 600MB or 1.5GiB", found=amount
-            )
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    size = amount if isinstance(amount, int) else parse_size(amount)
+    if size is None:
+        raise QlipError(
+            "the memory budget is no amount of memory", expected="e.g. 600MB or 1.5GiB", found=str(amount)
+        )
     if size <= 0:
         raise QlipError("the memory budget is not above zero", expected="e.g. 600MB", found=str(amount))
     return size
