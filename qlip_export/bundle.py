@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -92,11 +91,9 @@ class EngineMemory(Frozen):
     loading: int = Field(ge=0, description="beyond `resident`, while it is being loaded")
 
 
-class EngineEntry(Frozen):
-    """A compiled engine."""
+class Compiled(Frozen):
+    """What is known of an engine file: its ports, and what its compiler tells of it."""
 
-    path: BundlePath
-    container: Container
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     widened: bool = Field(default=False, description="computes in FP32 where the graph has FP16")
@@ -104,6 +101,13 @@ class EngineEntry(Frozen):
     memory: EngineMemory | None = Field(
         default=None, description="measured where it was compiled; none: it could not be run there"
     )
+
+
+class EngineEntry(Compiled):
+    """A compiled engine in a bundle."""
+
+    path: BundlePath
+    container: Container
 
 
 class TimingEntry(Frozen):
@@ -319,6 +323,11 @@ class Manifest(Frozen):
         return {v.onnx: v.container for v in variants} | {p.onnx: Container.FLOAT for p in parts}
 
     @property
+    def uniform(self) -> tuple[int, ...]:
+        """The bit options at which every block can run with all of its layers."""
+        return tuple(b for b in self.bits if all(variant_name(b) in k.variants for k in self.blocks))
+
+    @property
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of the bundle by kind of file."""
         totals = {"weights": 0, "onnx": 0, "engines": 0, "other": 0}
@@ -438,9 +447,8 @@ class Bundle:
 
     @property
     def uniform(self) -> tuple[int, ...]:
-        """The bit options at which every block can run with all of its layers."""
-        blocks = self.manifest.blocks
-        return tuple(b for b in self.manifest.bits if all(variant_name(b) in k.variants for k in blocks))
+        """See `Manifest.uniform`."""
+        return self.manifest.uniform
 
     def bits(self, requested: int | None = None) -> int:
         """Return the bit option of a uniform run: the requested one, else the best that runs fast.
@@ -477,7 +485,7 @@ class Bundle:
         own = self.manifest.guidance
         if requested is None:
             return own.scale
-        if not isfinite(requested):
+        if not math.isfinite(requested):
             raise QlipError("the guidance scale is not finite", expected="a number", found=str(requested))
         if own.kind == "none" and requested != own.scale:
             raise QlipError(

@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import Field, JsonValue
 
 from qlip_export.backends import get_backend
-from qlip_export.backends.base import Backend, Capabilities, Compiled
+from qlip_export.backends.base import Backend, Capabilities
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry, TimingEntry
+from qlip_export.bundle import Bundle, Compiled, EngineEntry, Manifest, TargetEntry, TimingEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
@@ -80,9 +80,8 @@ def compile_bundle(
         target = compile_target(bundle.manifest, compiler, checked, workspace, progress)
         before = bundle.manifest.targets.get(compiler.name)
         if before is not None and before.engines == target.engines and not workspace.built:
-            target = target.model_copy(
-                update={"timing": before.timing}
-            )  # all new or none: one run, one machine
+            # All new or none: times are those of one run on one machine.
+            target = target.model_copy(update={"timing": before.timing})
         bundle = workspace.add_target(bundle.manifest, compiler.name, target)
     return CompileReport(
         bundle=str(path),
@@ -139,13 +138,14 @@ def compile_target(
                     found=str(error) or None,
                     fix="free memory and run the same command again; what is finished is kept",
                 ) from error
-            entry = _entry(jobs[onnx], container, compiled)
+            entry = EngineEntry(path=jobs[onnx], container=container, **dict(compiled))
             compiled = compiled.model_copy(update={"memory": backend.measure(engine, entry)})
             made: JsonValue = compiled.model_dump(mode="json")
             return made
 
         _, made = workspace.product(jobs[onnx], keys[onnx], make)
-        engines[onnx] = _entry(jobs[onnx], container, Compiled.model_validate(made))
+        facts = Compiled.model_validate(made)
+        engines[onnx] = EngineEntry(path=jobs[onnx], container=container, **dict(facts))
     return TargetEntry(
         backend=backend.name,
         version=can.version,
@@ -153,18 +153,6 @@ def compile_target(
         half=can.half,
         options=dict(can.options),
         engines=engines,
-    )
-
-
-def _entry(path: str, container: Container, compiled: Compiled) -> EngineEntry:
-    return EngineEntry(
-        path=path,
-        container=container,
-        inputs=compiled.inputs,
-        outputs=compiled.outputs,
-        widened=compiled.widened,
-        facts=compiled.facts,
-        memory=compiled.memory,
     )
 
 

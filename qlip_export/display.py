@@ -105,12 +105,9 @@ def print_dominated(root: Path, target: str) -> None:
 def _timing_lines(manifest: Manifest, target: TargetEntry) -> Iterator[str]:
     if (timing := target.timing) is None:
         return
-    uniform = [
-        b for b in manifest.bits if all(variant_name(b) in block.variants for block in manifest.blocks)
-    ]
     totals = {
         b: sum(timing.milliseconds[block.variants[variant_name(b)].onnx] for block in manifest.blocks)
-        for b in uniform
+        for b in manifest.uniform
     }
     if totals:
         yield (

@@ -20,9 +20,6 @@ from qlip_export.random_weights import module_of
 from qlip_export.spec import Container, Frozen, Granularity, Unit, WeightBits, container_of
 from qlip_export.zoo import ZooModel
 
-BYTES_OF = {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}
-"""Of one activation."""
-
 # Fitted to a build of BK-SDM-Tiny and to exports of FLUX with few blocks: `python -m benchmarks.memory`.
 EXPORT_BASE = 5.5e8
 """Bytes of a process that has loaded torch, diffusers and the ONNX libraries."""
@@ -126,7 +123,7 @@ def plan(
     components = {name: sum(found) for name, found in sizes.items()}
     parameters = sum(b.parameters for b in seen.blocks)
     engine_bytes = {b: _engine_bytes(seen, family, b, 32) for b in bits}
-    weights = sum(components.values()) * BYTES_OF[Container.FLOAT]
+    weights = sum(components.values()) * Container.FLOAT.nbytes
     largest = max(*seen.weights.values(), *(n for found in sizes.values() for n in found))
     exporting = int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + EXPORT_WEIGHT * largest)
     largest_engine = max(*(b.parameters for b in seen.blocks), *components.values())
@@ -160,8 +157,7 @@ def plan(
         export_memory_bytes=exporting,
         build_memory_bytes=max(exporting, compiling),
         run_memory_bytes={
-            b: size + weights + seen.activations * BYTES_OF[container_of(b)]
-            for b, size in engine_bytes.items()
+            b: size + weights + seen.activations * container_of(b).nbytes for b, size in engine_bytes.items()
         },
         export_seconds=int(seconds),
         build_seconds=int(seconds + compiled / COMPILED_PER_SECOND),
@@ -265,8 +261,8 @@ def _engine_bytes(seen: _Seen, family: Family, bits: int, weight_bits: WeightBit
     container = container_of(bits)
     always = sum(b.parameters for b in seen.blocks if b.name in family.float32_blocks)
     inside = sum(b.parameters for b in seen.blocks) - always
-    wide = 8 * BYTES_OF[container]
+    wide = 8 * container.nbytes
     stored = (
         wide if weight_bits == 32 else max(weight_bits, 8) if container is Container.INT8 else weight_bits
     )
-    return weight_bytes(inside, stored) + BYTES_OF[Container.FLOAT] * always
+    return weight_bytes(inside, stored) + Container.FLOAT.nbytes * always

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qlip_export.checkpoint import Checkpoint, Component
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key
+from qlip_export.quant.layers import layers_of
 from qlip_export.quant.ranges import RANGE_BITS, LayerRange, Ranges, Recipe
 
 ASSUMED_RANGE = 4.0
@@ -98,7 +99,6 @@ def assumed_ranges(checkpoint: Checkpoint, denoiser: str) -> Ranges:
     part = checkpoint.component(denoiser)
     module = module_of(checkpoint.library_of(denoiser), checkpoint.class_of(denoiser), part.config)
     same = LayerRange(maximum=ASSUMED_RANGE, thresholds=dict.fromkeys(RANGE_BITS, ASSUMED_RANGE))
-    layers = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     recipe = Recipe(
         prompts_sha256="",
         prompts=0,
@@ -108,7 +108,7 @@ def assumed_ranges(checkpoint: Checkpoint, denoiser: str) -> Ranges:
         seed=0,
         method="assumed, not measured",
     )
-    return Ranges(fingerprint=part.fingerprint, recipe=recipe, layers=dict.fromkeys(layers, same))
+    return Ranges(fingerprint=part.fingerprint, recipe=recipe, layers=dict.fromkeys(layers_of(module), same))
 
 
 def random_pipeline(checkpoint: Checkpoint) -> Any:

@@ -25,6 +25,7 @@ from qlip_export.cuda_graph import recorded
 from qlip_export.errors import QlipError
 from qlip_export.pipelines import TextEncoder, pipeline_of
 from qlip_export.quant.fake import FakeQuantizer, round_rows
+from qlip_export.quant.layers import layers_of
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.text_encoders import encode, text_length
 from qlip_export.torch_pipeline import (
@@ -141,11 +142,7 @@ class Simulator:
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
             self.denoiser.to(dtype=torch.float16, memory_format=torch.channels_last)
-        self.all_layers = tuple(
-            name
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))
-        )
+        self.all_layers = tuple(layers_of(self.denoiser))
         self.layers = tuple(name for name in self.all_layers if family.quantizes(name))
         thresholds = {b: ranges.thresholds(b) for b in RANGE_BITS} if ranges is not None else {}
         self.quantizer = FakeQuantizer(self.denoiser, thresholds)
@@ -186,8 +183,7 @@ class Simulator:
 
         handles = [
             module.register_forward_hook(partial(count, name))
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))
+            for name, module in layers_of(self.denoiser).items()
         ]
         latents = torch.zeros(1, *self.latents_shape, device=self.device)
         self.predict(latents, torch.zeros(1, device=self.device), self.encode([""]).states)

@@ -39,6 +39,11 @@ class Container(str, Enum):
     HALF = "half"
     FLOAT = "float32"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a number in this format."""
+        return {Container.INT8: 1, Container.HALF: 2, Container.FLOAT: 4}[self]
+
 
 class Asked(NamedTuple):
     """What a typed graph asks of one of its layers."""

@@ -69,9 +69,7 @@ def _measure(bundle: Bundle, chain: Chain, progress: Progress) -> tuple[dict[str
     manifest = bundle.manifest
     rng = np.random.default_rng(0)
     noise = {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in manifest.inputs}
-    names = [[*block.variants] for block in manifest.blocks]
-    # Every variant of every block in some pattern.
-    patterns = [tuple(of[min(i, len(of) - 1)] for of in names) for i in range(max(map(len, names)))]
+    patterns = chain.every_variant()
     progress.stage("time", len(patterns) + 1)
     chain.load(patterns)
     for name in noise.keys() - {"latents", "timestep"}:

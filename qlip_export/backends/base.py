@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from qlip_export.backends.options import CompileOptions, refused
 from qlip_export.bundle import (
+    Compiled,
     EngineEntry,
-    EngineFacts,
     EngineMemory,
     LayerEntry,
     TargetEntry,
-    TensorEntry,
 )
 from qlip_export.progress import Progress
-from qlip_export.spec import Asked, Container, DType, Frozen
+from qlip_export.spec import Asked, Container, DType
 
 Buffer = Any
 """A tensor in the backend's own memory; only the backend that made it looks inside."""
 
 
-_WIDTHS = {Container.INT8: 1.0, Container.HALF: 2.0, Container.FLOAT: 4.0}
-BY_CONTAINER: dict[str, dict[Container, float]] = {"conv": _WIDTHS, "linear": _WIDTHS}
+BY_CONTAINER: dict[str, dict[Container, int]] = {
+    kind: {container: container.nbytes for container in Container} for kind in ("conv", "linear")
+}
 """Bytes of a weight that is stored in the type that its layer computes in."""
 
 
@@ -56,7 +56,7 @@ class Capabilities:
     containers: tuple[Container, ...]
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     overhead: int = 0
-    weight_bytes: Mapping[str, Mapping[Container, float]] = field(default_factory=lambda: BY_CONTAINER)
+    weight_bytes: Mapping[str, Mapping[Container, int]] = field(default_factory=lambda: BY_CONTAINER)
     packs_int4: bool = False
 
     def engine_bytes(self, layers: Iterable[tuple[LayerEntry, Container]], weight_bits: int) -> int:
@@ -65,16 +65,6 @@ class Capabilities:
         narrow = self.packs_int4 and weight_bits == 4 and all(c is not Container.INT8 for _, c in layers)
         each = (e.weights * (0.5 if narrow else self.weight_bytes[e.kind][c]) for e, c in layers)
         return self.overhead + int(sum(each))
-
-
-class Compiled(Frozen):
-    """What is known of an engine file: its ports, and what its compiler tells of it."""
-
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    widened: bool = Field(default=False, description="computes in FP32 where the graph has FP16")
-    facts: EngineFacts | None = Field(default=None, description="none: the library does not tell")
-    memory: EngineMemory | None = None
 
 
 class Engine(ABC):

@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qlip_export.backends.base import Backend, Buffer, Capabilities, Compiled, Engine
+from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
 from qlip_export.backends.memory import measure_engine
-from qlip_export.bundle import EngineEntry, EngineMemory, TensorEntry
+from qlip_export.bundle import Compiled, EngineEntry, EngineMemory, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
 

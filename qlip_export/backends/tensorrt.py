@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 import tensorrt
@@ -28,11 +26,6 @@ class TensorRtBackend(TensorRtFamily):
     def library(self) -> shared.Library:
         """See `TensorRtFamily.library`."""
         return tensorrt
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        """See `Backend.sources`."""
-        return (*super().sources, Path(inspect.getfile(TensorRtFamily)))
 
     @property
     def capabilities(self) -> Capabilities:

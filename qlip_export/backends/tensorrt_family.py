@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from numpy.typing import NDArray
 
 from qlip_export.backends import tensorrt_builder as shared
-from qlip_export.backends.base import Backend, Buffer, Compiled, Engine
+from qlip_export.backends.base import Backend, Buffer, Engine
 from qlip_export.backends.options import CompileOptions, refused
-from qlip_export.bundle import EngineEntry, EngineFacts, TargetEntry
+from qlip_export.bundle import Compiled, EngineEntry, EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import written_aside
 from qlip_export.progress import Progress, Silent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,11 +61,6 @@ class TensorRtRtxBackend(TensorRtFamily):
         """See `TensorRtFamily.library`."""
         library: shared.Library = tensorrt_rtx
         return library
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        """See `Backend.sources`."""
-        return (*super().sources, Path(inspect.getfile(TensorRtFamily)))
 
     @property
     def capabilities(self) -> Capabilities:

@@ -12,6 +12,7 @@ import torch
 from qlip_export.capture import denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.pipelines import pipeline_of
+from qlip_export.quant.layers import layers_of
 from qlip_export.quant.ranges import BINS, MagnitudeHistogram, Ranges, Recipe
 from qlip_export.torch_pipeline import draw, load_pipeline, require_device, use_scheduler
 
@@ -67,8 +68,8 @@ def measure_ranges(
     denoiser = getattr(pipeline, family.denoiser_folder)
     histograms: dict[str, MagnitudeHistogram] = {}
     handles = []
-    for name, module in denoiser.named_modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and family.quantizes(name):
+    for name, module in layers_of(denoiser).items():
+        if family.quantizes(name):
             histograms[name] = MagnitudeHistogram()
             handles.append(module.register_forward_pre_hook(_observer(histograms[name])))
     try:

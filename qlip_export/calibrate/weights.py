@@ -21,6 +21,7 @@ from qlip_export.calibrate.trajectories import Trajectories
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.cuda_graph import recorded
+from qlip_export.quant.layers import layers_of
 from qlip_export.quant.rounding import floor_codes
 from qlip_export.quant.weights import WeightQuantizer, code_range, round_to_nearest
 from qlip_export.simulate import Simulator
@@ -93,8 +94,7 @@ def learn_rounding(
     latents, timesteps, states = _sample_inputs(trajectories, samples)
     model_inputs = [latents, timesteps, *simulator.inputs(states, trajectories.guidance)]
     calls = {id(model): simulator.callable(model) for model in (reference, quantized)}
-    layers = {n: m for n, m in quantized.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    names = {id(m): n for n, m in layers.items()}
+    names = {id(module): name for name, module in layers_of(quantized).items()}
     up: dict[str, NDArray[np.bool_]] = {}
     scale: dict[str, NDArray[np.float32]] = {}
     errors: list[tuple[float, float]] = []

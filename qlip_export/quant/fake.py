@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip_export.errors import QlipError
+from qlip_export.quant.layers import layers_of
 from qlip_export.quant.ranges import activation_scale
 from qlip_export.spec import Container, container_of
 
@@ -94,11 +95,7 @@ class FakeQuantizer:
         """
         self._thresholds = thresholds
         self._functions: Mapping[str, Callable[[Tensor], Tensor]] = {}
-        self._layers = {
-            name: module
-            for name, module in denoiser.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))
-        }
+        self._layers = layers_of(denoiser)
         self._handles = [
             module.register_forward_pre_hook(self._hook(name)) for name, module in self._layers.items()
         ]

@@ -157,9 +157,7 @@ class Chain:
         The repeats are interleaved: what disturbs the machine for a while disturbs all of them. One more
         comes first and is thrown away; ``on_repeat`` is called before each.
         """
-        names = [[*block.variants] for block in self.blocks]
-        most = max(map(len, names))
-        self.load(tuple(of[min(i, len(of) - 1)] for of in names) for i in range(most))
+        self.load(self.every_variant())
         seconds: dict[tuple[str, str], list[float]] = {
             (block.name, variant): [] for block in self.blocks for variant in block.variants
         }
@@ -179,6 +177,11 @@ class Chain:
             block.name: {variant: median(seconds[block.name, variant]) for variant in block.variants}
             for block in self.blocks
         }
+
+    def every_variant(self) -> list[Pattern]:
+        """Return patterns that together run every variant of every block, as few as do."""
+        names = [[*block.variants] for block in self.blocks]
+        return [tuple(of[min(i, len(of) - 1)] for of in names) for i in range(max(map(len, names)))]
 
     def every_engine(self) -> list[str]:
         """Return the engines of all variants of all blocks."""

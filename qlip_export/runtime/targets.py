@@ -57,6 +57,7 @@ def choose_target(bundle: Bundle, wanted: str = "auto", *, threads: int | None =
         try:
             backend = get_backend(entry.backend, threads=threads)
             backend.require_device()
+            backend.check_target(entry, compile_command(bundle.root, entry.backend))
         except QlipError as error:
             obstacles.append(error)
         else:
