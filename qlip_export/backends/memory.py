@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 from collections.abc import Callable
 from functools import cache
@@ -74,8 +73,11 @@ def reset_peak() -> None:
 
 
 def return_free_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc)."""
-    gc.collect()
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    Engines go when nothing refers to them. Python's collector is not asked: with torch loaded it takes longer
+    than loading an engine.
+    """
     if (trim := _malloc_trim()) is not None:
         trim(0)
 
