@@ -1,7 +1,7 @@
-"""Seconds per image of the policy's schedules against uniform bits, and what deciding costs.
+"""Seconds per image of policies' schedules against uniform bits, and what deciding costs.
 
-On the BK-SDM-Tiny shape, whose weights are random, the denoiser runs the schedules that emoji's policy
-chooses: same blocks, same layers, but large enough for INT8 to show its speed.
+On the BK-SDM-Tiny shape, whose weights are random, the denoiser runs the schedules that emoji's policies
+choose: same blocks, same layers, but large enough for INT8 to show its speed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 from benchmarks.bundles import BITS, Subject, prepare, subject
 from benchmarks.images import GUIDANCE, STEPS, _inputs
 from benchmarks.timing import THREADS, interleave, ratio, summary
+from qlip_export.policy.store import Policy
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Pattern
 from qlip_export.runtime.schedule import Scheduler, feature_average_bits
 
 PROMPTS = 200
 ROUNDS = {"emoji": 15, "bk-sdm-tiny": 3}
-EVALUATION = Path("calibration/emoji/evaluation.txt")
+CALIBRATION = Path("calibration/emoji")
+POLICIES = ("8-16-32", "8-16-32-latency")
 
 
 def run(of: Subject, *, quick: bool) -> dict[str, Any]:
@@ -30,35 +32,38 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     for each in {of.shape: of, "emoji": emoji}.values():
         prepare(each, ("coarse",))
     chooser = TextToImage.load(emoji.bundle("coarse"), threads=THREADS)
-    prompts = EVALUATION.read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    policy = chooser.bundle.manifest.policy
-    assert policy is not None
-    blocks = chooser.chain.blocks
-    schedule = Scheduler(policy.table, blocks)
-    schedules = [schedule([q]) for q in chooser.qualities(prompts)]
+    prompts = (CALIBRATION / "evaluation.txt").read_text(encoding="utf-8").splitlines()[:PROMPTS]
+    blocks, qualities = chooser.chain.blocks, chooser.qualities(prompts)
+    schedules = {}
+    for name in POLICIES:
+        schedule = Scheduler(Policy.load(CALIBRATION, name).table(STEPS), blocks)
+        schedules[name] = [schedule([q]) for q in qualities]
     ours = TextToImage.load(of.bundle("coarse"), threads=THREADS)
     uniform = {bits: ours.chain.uniform(bits) for bits in BITS}
-    asked = Counter(pattern for patterns in schedules for pattern in patterns)
-    patterns = list(dict.fromkeys([*uniform.values(), *asked]))
+    asked = {name: Counter(pattern for run in runs for pattern in run) for name, runs in schedules.items()}
+    patterns = list(dict.fromkeys([*uniform.values(), *(p for counts in asked.values() for p in counts)]))
     rounds = 2 if quick else ROUNDS[of.shape]
     seconds = interleave(
         {_name(pattern): _step(ours, pattern) for pattern in patterns},
         rounds=rounds,
         settle=of.shape == "emoji",
     )
-    # A visit of a schedule is the sum of its patterns' times in that visit, averaged over the prompts.
-    of_policy = [
-        sum(seconds[_name(p)].wall[visit] * count for p, count in asked.items()) / len(prompts)
-        for visit in range(rounds)
-    ]
     rows = {f"uniform {bits}": [t * STEPS for t in seconds[_name(p)].wall] for bits, p in uniform.items()}
-    rows[f"policy {policy.name}"] = of_policy
-    fab = sum(feature_average_bits(blocks, patterns) for patterns in schedules) / len(schedules)
+    for name, counts in asked.items():
+        # A visit of a schedule is the sum of its patterns' times in that visit, averaged over the prompts.
+        rows[f"policy {name}"] = [
+            sum(seconds[_name(p)].wall[visit] * count for p, count in counts.items()) / len(prompts)
+            for visit in range(rounds)
+        ]
     return {
         "prompts": len(prompts),
-        "patterns": len(asked),
-        "fab": round(fab, 3),
-        "policy": policy.name,
+        "policies": {
+            name: {
+                "patterns": len(asked[name]),
+                "fab": round(sum(feature_average_bits(blocks, run) for run in runs) / len(runs), 3),
+            }
+            for name, runs in schedules.items()
+        },
         "rows": [
             {
                 "name": name,

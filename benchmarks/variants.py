@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bundles import OUT, Subject
-from benchmarks.schedules import EVALUATION
+from benchmarks.schedules import CALIBRATION
 from benchmarks.timing import THREADS
 from qlip_export.bundle import Bundle
 from qlip_export.files import write_json
@@ -46,7 +46,7 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
         of, folder / "fused", ["--granularity", "layer", "--max-variants", "1", "--fuse"]
     )
     seconds = _time_engines({name: folder / name for name in builds}, QUICK_ROUNDS if quick else ROUNDS)
-    prompts = EVALUATION.read_text(encoding="utf-8").splitlines()[:PROMPTS]
+    prompts = (CALIBRATION / "evaluation.txt").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     qualities = TextToImage.load(folder / "block", threads=THREADS).qualities(prompts)
     return {
         "policy": POLICY,

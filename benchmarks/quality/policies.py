@@ -11,7 +11,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.quality.rows import Subject
-from qlip_export.calibrate.quality import predicted
 from qlip_export.files import write_json
 from qlip_export.policy.store import Policy, names
 from qlip_export.prompts import read_prompts
@@ -26,20 +25,19 @@ def describe_policies(calibration: Path, out: Path) -> None:
     """Write ``policies.json`` with the numbers of figures S1 and S4 for every policy of the folder."""
     _, checkpoint = find_model("emoji")
     subject = Subject(checkpoint, calibration, "cpu")
-    simulator = subject.simulator("fp32")
     evaluation = read_prompts(calibration / "evaluation.txt")
     rich = read_prompts(calibration / "richness.txt")
     found: dict[str, Any] = {}
     for name in names(calibration):
         policy = Policy.load(calibration, name)
         criterion = policy.recipe.criterion
-        q = predicted(calibration, criterion, simulator, evaluation)
+        q = subject.qualities(criterion, evaluation)
         bits = subject.bits(f"qlip:{name}", evaluation)
         assert bits is not None
         per_level = subject.bits(f"qlip:{name}", rich)
         assert per_level is not None
         fab = per_level.float().mean((1, 2)).view(-1, LEVELS).numpy()
-        level_q = predicted(calibration, criterion, simulator, rich).view(-1, LEVELS).numpy()
+        level_q = subject.qualities(criterion, rich).view(-1, LEVELS).numpy()
         found[name] = {
             "prompts": len(evaluation),
             "q": {str(p): round(float(np.percentile(q.numpy(), p)), 3) for p in (5, 25, 50, 75, 95)},
@@ -62,8 +60,13 @@ def _batch_fab(bits: Tensor, size: int) -> float:
     return float(torch.stack([bits[batch].amax(0).float().mean() for batch in whole]).mean())
 
 
-def _rank_correlation(values: np.ndarray[Any, Any]) -> float:
-    """Return Spearman's correlation of richness level and value, over concepts, each around its own mean."""
+def _rank_correlation(values: np.ndarray[Any, Any]) -> float | None:
+    """Return Spearman's correlation of richness level and value, over concepts, each around its own mean.
+
+    There is none where every concept has one value at all levels.
+    """
     levels = np.tile(np.arange(values.shape[1]), len(values))
     centred = values - values.mean(1, keepdims=True)
+    if not np.ptp(values, axis=1).any():
+        return None
     return round(float(spearmanr(levels, centred.ravel()).statistic), 3)

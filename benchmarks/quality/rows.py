@@ -27,7 +27,7 @@ from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.files import sha256_of
 from qlip_export.policy.q2b import QualityToBits, timestep_groups
-from qlip_export.policy.store import Policy
+from qlip_export.policy.store import Criterion, Policy
 from qlip_export.prompts import read_prompts
 from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.rounding import LearnedRounding
@@ -50,6 +50,7 @@ class Subject:
         self.ranges = Ranges.load(calibration / "ranges.json")
         self._simulators: dict[str, Simulator] = {}
         self._trajectories: dict[tuple[str, ...], Trajectories] = {}
+        self._qualities: dict[tuple[str, ...], Tensor] = {}
 
     def simulator(self, row: str) -> Simulator:
         """Return the simulator with the weights of ``row``."""
@@ -75,11 +76,17 @@ class Subject:
             )
         return self._trajectories[key]
 
+    def qualities(self, criterion: Criterion, prompts: Sequence[str]) -> Tensor:
+        """Return q of each prompt, (N,) float32, predicted once."""
+        key = (criterion, *prompts)
+        if key not in self._qualities:
+            self._qualities[key] = predicted(self.calibration, criterion, self.simulator("fp32"), prompts)
+        return self._qualities[key]
+
     def policy_sha256(self, row: str) -> str | None:
-        """Return the SHA-256 of the policy that a row is about, if it is about one."""
-        if ":" not in row:
-            return None
-        return sha256_of(Policy.path(self.calibration, row.split(":")[1]))
+        """Return the SHA-256 of the policy that a row is about, if it is about one that is there."""
+        path = Policy.path(self.calibration, row.split(":")[1]) if ":" in row else None
+        return sha256_of(path) if path and path.is_file() else None
 
     def bits(self, row: str, prompts: Sequence[str]) -> Tensor | None:
         """Return the activation bits of ``row``, (N, steps, layers) int8, or nothing for full precision."""
@@ -100,7 +107,7 @@ class Subject:
         bits = self._of(
             policy,
             policy.q2b,
-            predicted(self.calibration, policy.recipe.criterion, self.simulator("fp32"), prompts),
+            self.qualities(policy.recipe.criterion, prompts),
             policy.recipe.forced_steps,
         )
         if kind == "random":
@@ -127,12 +134,12 @@ class Subject:
         table = policy.table(STEPS)
         if found := VARIANTS.fullmatch(kind):
             known = read_prompts(self.calibration / "prompts.txt")[: recipe.prompts]
-            qualities = predicted(self.calibration, recipe.criterion, simulator, known).tolist()
+            qualities = self.qualities(recipe.criterion, known).tolist()
             variants = Planner(table, blocks, qualities).plan(int(found[1])).variants
         else:
             options = np.array(recipe.options, dtype=np.uint8)[:, None]
             variants = {name: np.repeat(options, len(layers), axis=1) for name, layers in blocks.items()}
-        q = predicted(self.calibration, recipe.criterion, simulator, prompts).tolist()
+        q = self.qualities(recipe.criterion, prompts).tolist()
         bits = layer_bits(table, blocks, variants, q)
         return torch.from_numpy(np.stack([bits[layer] for layer in simulator.layers], axis=-1)).to(torch.int8)
 

@@ -49,12 +49,16 @@ TITLES = {
     "qlip:6-8-10-qm": "QLIP {6,8,10}, parts q and m",
     "qlip:6-8-10-layer": "QLIP {6,8,10}, units are layers",
     "qlip:8-16-32-layer": "QLIP {8,16,32}, units are layers",
+    "w4a6+.*time_emb_proj": "W4A6, inputs of `time_emb_proj` exact",
+    "w4a6+up_blocks.*resnets.*conv1": "W4A6, inputs of `conv1` behind a skip exact",
+    "w4a32!up_blocks.*conv(1|_shortcut)": "W4A32, weights of `conv1`, `conv_shortcut` behind a skip exact",
 }
 MAIN = tuple(TITLES)[:15]
 CRITERIA = ("qlip:6-8-10", "qlip:6-8-10-complexity", "qlip:6-8-10-length")
 OPTIONS = ("qlip:8-16", "qlip:8-16-32", "qlip:6-8", "qlip:6-8-10", "qlip:6-8-16", "qlip:6-8-16-32")
 PARTS = ("qlip:6-8-10", "qlip:6-8-10-qh", "qlip:6-8-10-qm")
 UNITS = ("qlip:6-8-10", "qlip:6-8-10-layer", "qlip:8-16-32", "qlip:8-16-32-layer")
+BOUNDS = ("w4a6", *(name for name in TITLES if "+" in name), "w4a32", *(n for n in TITLES if "!" in n))
 METRICS = ("fid", "sfid", "clip")
 BASELINES = ("random", "timestep", "static")
 
@@ -174,11 +178,18 @@ def _batches() -> str:
 
 
 def _richness() -> str:
-    rows = []
-    for name, found in _policies().items():
-        rich = found["richness"]
-        rows.append([f"{name}: FAB", *(f"{v:.2f}" for v in rich["fab"]), f"{rich['spearman_fab']:.2f}"])
-        rows.append([f"{name}: q", *(f"{v:.3f}" for v in rich["q"]), f"{rich['spearman_q']:.2f}"])
+    found = _policies()
+    qualities = {
+        ("complexity" if "complexity" in name else "quality"): f["richness"] for name, f in found.items()
+    }
+    rows = [
+        [f"q, {what}", *(f"{v:.3f}" for v in rich["q"]), f"{rich['spearman_q']:.2f}"]
+        for what, rich in qualities.items()
+    ]
+    for name, policy in found.items():
+        rich = policy["richness"]
+        rank = "no difference" if rich["spearman_fab"] is None else f"{rich['spearman_fab']:.2f}"
+        rows.append([f"FAB, {name}", *(f"{v:.2f}" for v in rich["fab"]), rank])
     return table(
         ["", "name", "+ keyword", "name, style", "sentence", "sentence + keywords", "rank correlation"], rows
     )
@@ -240,6 +251,7 @@ TABLES = {
     "main": lambda: _rows(MAIN),
     "criteria": lambda: _rows(CRITERIA),
     "options": lambda: _rows(OPTIONS),
+    "bounds": lambda: _rows(BOUNDS),
     "parts": lambda: _rows(PARTS),
     "units": lambda: _rows(UNITS),
     "latency": lambda: _rows(("qlip:8-16-32", "qlip:8-16-32-latency")),
