@@ -86,9 +86,10 @@ def validate(
 ) -> None:
     """Compare every engine with the captured graph on real activations, and the image with diffusers."""
     from qlip_export.display import print_validation
-    from qlip_export.progress import progress_for_terminal
-    from qlip_export.validate import validate as run
+    from qlip_export.progress import progress_for_terminal, waiting
 
+    with waiting("loading"):
+        from qlip_export.validate import validate as run
     with progress_for_terminal() as progress:
         report = run(
             bundle, prompt=prompt, seed=seed, model=model, progress=progress, save=save, backend=backend

@@ -26,6 +26,7 @@ from qlip_export.errors import QlipError
 from qlip_export.features import (
     FeatureExtractor,
     Features,
+    OnBatch,
     ReferenceStatistics,
     images_of,
     joined,
@@ -44,7 +45,7 @@ from qlip_export.metrics import (
 )
 from qlip_export.noise import seeded_noise
 from qlip_export.pipelines import pipeline_of
-from qlip_export.progress import Progress
+from qlip_export.progress import Progress, batches
 from qlip_export.prompts import CALIBRATION, EVALUATION, GENERIC_PROMPTS, own_prompts, read_prompts
 from qlip_export.reference import check_same_model
 from qlip_export.renderers import POLICY, EngineRenderer, Renderer, SimulatorRenderer
@@ -148,12 +149,20 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
     extractor = reference = None
     if _IMAGES & set(metrics):
         where = "cpu" if device == "engines" else device
+        progress.stage("load", 1)
+        progress.item("vision tower")
         extractor = FeatureExtractor(checkpoint.folder, device=where, inception=options.inception)
     if extractor is not None and _FRECHET & set(metrics):
-        reference = _reference(options, model, extractor, metrics)
+        reference = _reference(options, model, extractor, metrics, batches(progress, "reference"))
     encoder = pipeline_of(bundle.manifest.model.family).quality
     texts = (
-        text_embeddings(checkpoint.folder, prompts, encoder=encoder.name, tokenizer=encoder.tokenizer)
+        text_embeddings(
+            checkpoint.folder,
+            prompts,
+            encoder=encoder.name,
+            tokenizer=encoder.tokenizer,
+            on_batch=batches(progress, "texts"),
+        )
         if "clip" in metrics
         else None
     )
@@ -425,7 +434,11 @@ def _configurations(bundle: Bundle, options: EvaluateOptions, device: Device) ->
 
 
 def _reference(
-    options: EvaluateOptions, model: ZooModel, extractor: FeatureExtractor, metrics: Sequence[Metric]
+    options: EvaluateOptions,
+    model: ZooModel,
+    extractor: FeatureExtractor,
+    metrics: Sequence[Metric],
+    on_batch: OnBatch,
 ) -> ReferenceStatistics | None:
     """Return the statistics to measure distances to; ``None`` for those of the 32-bit images."""
     if options.reference == FP32:
@@ -435,7 +448,8 @@ def _reference(
     if path is None or (options.reference is None and not path.is_file()):
         return None
     if path.is_dir():
-        return ReferenceStatistics.of_images(images_of(path), extractor, f"the images of {path}")
+        images = images_of(path, on_batch=on_batch)
+        return ReferenceStatistics.of_images(images, extractor, f"the images of {path}")
     statistics = ReferenceStatistics.load(path)
     needed = {_feature_set(metric, extractor.fingerprints) for metric in _FRECHET & set(metrics)}
     statistics.check({name: extractor.fingerprints[name] for name in sorted(needed)}, path)

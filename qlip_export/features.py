@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,9 @@ SPATIAL_CHANNELS = 7
 """Channels of the spatial map that sFID uses."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+OnBatch = Callable[[int, int], None]
+"""Called before each batch with the number of batches before it and of all."""
 
 Features = dict[str, NDArray[np.float32]]
 """Feature sets of N images, (N, width) float32 each: ``embedding``, ``spatial`` and perhaps ``inception``."""
@@ -133,6 +136,7 @@ def text_embeddings(
     tokenizer: str = "tokenizer",
     device: str = "cpu",
     batch_size: int = 256,
+    on_batch: OnBatch = lambda before, total: None,
 ) -> NDArray[np.float32]:
     """Return the projected text embeddings of ``prompts``, (N, C) float32, in the vision tower's space.
 
@@ -148,7 +152,8 @@ def text_embeddings(
         tower: Any = CLIPTextModelWithProjection.from_pretrained(part.folder, local_files_only=True)
     tower.float().eval().to(device)
     found = []
-    for ids in token_ids(tokenizing, prompts, batch_size):
+    for before, ids in enumerate(token_ids(tokenizing, prompts, batch_size)):
+        on_batch(before, -(-len(prompts) // batch_size))
         found.append(tower(input_ids=ids.to(device)).text_embeds.float().cpu().numpy())
     embeddings: NDArray[np.float32] = np.concatenate(found)
     return embeddings
@@ -291,7 +296,9 @@ def joined(parts: Iterable[Features]) -> Features:
     return {name: np.concatenate([part[name] for part in every]) for name in (every[0] if every else ())}
 
 
-def images_of(folder: Path, batch_size: int = 64) -> Iterator[Tensor]:
+def images_of(
+    folder: Path, batch_size: int = 64, on_batch: OnBatch = lambda before, total: None
+) -> Iterator[Tensor]:
     """Yield the images of a folder by name, (n, H, W, 3) uint8; what is transparent becomes white.
 
     Raises:
@@ -301,6 +308,7 @@ def images_of(folder: Path, batch_size: int = 64) -> Iterator[Tensor]:
     if not files:
         raise QlipError(f"{folder} holds no images", expected=" or ".join(IMAGE_SUFFIXES))
     for start in range(0, len(files), batch_size):
+        on_batch(start // batch_size, -(-len(files) // batch_size))
         try:
             batch = [_opaque(path) for path in files[start : start + batch_size]]
             yield torch.from_numpy(np.stack(batch))

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -153,20 +153,33 @@ class Live(Progress):
             self._bars.update(self._task, completed=self._total, detail="")
 
 
-def progress_for_terminal(quiet: bool = False) -> Progress:
-    """Return bars where stderr is a terminal, plain lines elsewhere, nothing if ``quiet``."""
-    if quiet:
-        return Silent()
-    return Live() if sys.stderr.isatty() else Plain()
+def batches(progress: Progress, name: str) -> Callable[[int, int], None]:
+    """Return what shows a stage of batches when called before each with the number before it and of all."""
+
+    def begin(before: int, total: int) -> None:
+        if before == 0:
+            progress.stage(name, total)
+        progress.item("batches")
+
+    return begin
+
+
+def progress_for_terminal() -> Progress:
+    """Return bars on stderr where that and stdout are terminals, plain lines elsewhere."""
+    return Live() if _on_a_terminal() else Plain()
 
 
 @contextlib.contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Show on a terminal that something is at work which has no items to count, e.g. importing torch."""
-    if not sys.stderr.isatty():
+    if not _on_a_terminal():
         yield
         return
     from rich.console import Console
 
     with Console(stderr=True).status(text):
         yield
+
+
+def _on_a_terminal() -> bool:
+    return sys.stderr.isatty() and sys.stdout.isatty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,12 @@ def reference_image(
     steps: int,
     guidance: float,
     negative_prompt: str | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Image.Image:
-    """Return the image that diffusers makes of unit-variance ``latents`` (1, C, H, W)."""
+    """Return the image that diffusers makes of unit-variance ``latents`` (1, C, H, W).
+
+    ``on_step`` is called after each denoiser step.
+    """
     height, width = latents.shape[2:]
     made = draw(
         pipeline,
@@ -80,6 +85,7 @@ def reference_image(
         guidance=guidance,
         latents=latents,
         negative_prompt=negative_prompt,
+        on_step=on_step,
     )
     image: Image.Image = made.images[0]
     return image

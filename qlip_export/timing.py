@@ -70,7 +70,7 @@ def _measure(bundle: Bundle, chain: Chain, progress: Progress) -> tuple[dict[str
     rng = np.random.default_rng(0)
     noise = {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in manifest.inputs}
     patterns = chain.every_variant()
-    progress.stage("time", len(patterns) + 1)
+    progress.stage("load", len(patterns))
     chain.load(patterns)
     for name in noise.keys() - {"latents", "timestep"}:
         chain.hold(name, noise[name])
@@ -84,8 +84,8 @@ def _measure(bundle: Bundle, chain: Chain, progress: Progress) -> tuple[dict[str
             took = time.perf_counter() - before
         seconds += took
     repeats = max(LEAST, min(MOST, int(SECONDS / seconds)))
-    progress.item(f"{repeats} times")
-    times = chain.time_blocks(repeats)
+    progress.stage("time", repeats + 1)
+    times = chain.time_blocks(repeats, lambda: progress.item("every engine in turn"))
     return {
         block.variants[name].onnx: round(1000 * found, 4)
         for block in manifest.blocks

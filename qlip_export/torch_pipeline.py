@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ def draw(
     guidance: float,
     latents: NDArray[np.float32] | None = None,
     negative_prompt: str | None = None,
+    on_step: Callable[[], None] = lambda: None,
     **more: Any,
 ) -> Any:
     """Call a diffusers pipeline for one image and return what it made.
@@ -106,6 +107,7 @@ def draw(
         guidance: Guidance scale.
         latents: (1, C, H, W) of unit variance instead of a generator among ``more``.
         negative_prompt: Left to the pipeline if absent.
+        on_step: Called after each denoiser step, ``steps`` times or a few more (PNDM).
         **more: Further arguments of the pipeline.
     """
     family = family_of_pipeline(pipeline)
@@ -117,6 +119,11 @@ def draw(
     if kind.longest_text is not None:
         more[kind.longest_text] = family.dimensions["text_length"]
     height, width = (side * pipeline.vae_scale_factor for side in latents_size)
+
+    def step_ended(*_: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
     with torch.inference_mode():
         return pipeline(
             prompt,
@@ -124,6 +131,7 @@ def draw(
             width=width,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            callback_on_step_end=step_ended,
             **more,
         )
 

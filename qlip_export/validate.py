@@ -140,7 +140,9 @@ def validate(
         raise QlipError("validation needs ONNX Runtime", fix='pip install "qlip-export[validate]"')
     pipeline = TextToImage.load(path, backend=backend)
     bundle = pipeline.bundle
+    progress.stage("check", len(bundle.manifest.files))
     for name in bundle.manifest.files:
+        progress.item(name)
         bundle.file(name)
     sampler_steps = len(bundle.manifest.sampler.steps)
     steps = tuple(sorted({0, sampler_steps // 2, sampler_steps - 1}))
@@ -351,19 +353,28 @@ def _compare_images(
         if model is not None:
             raise
         return [], [f"images were NOT compared: {error.problem}; name the model with --model"]
-    from qlip_export.reference import psnr, reference_image, reference_pipeline
-
     manifest = bundle.manifest
     guidance, steps = bundle.guidance(), manifest.sampler.requested_steps
-    progress.stage("image", len(bundle.uniform) or 1)
+    progress.stage("image", len(bundle.uniform) * steps or 1)
+    progress.detail("loading diffusers")
+    from qlip_export.reference import psnr, reference_image, reference_pipeline
+
     noise = seeded_noise(seed, manifest.shapes.latents[1:])[None]
     rows = []
     if not bundle.uniform:
+        progress.item("the policy's bits")
         rows.append(_compare_policy_image(pipeline, checkpoint, prompt, noise, guidance))
     for bits in bundle.uniform:
-        progress.item(f"{bits} bits")
         reference = reference_pipeline(bundle, checkpoint, bits=bits)
-        expected = reference_image(reference, prompt, noise, steps=steps, guidance=guidance)
+        told = f"{bits} bits, in diffusers"
+        expected = reference_image(
+            reference,
+            prompt,
+            noise,
+            steps=steps,
+            guidance=guidance,
+            on_step=lambda told=told: progress.item(told),  # type: ignore[misc]
+        )
         try:
             image = pipeline(prompt, latents=noise, guidance=guidance, bits=bits).images[0]
             found: float | None = psnr(image, expected)

@@ -20,7 +20,7 @@ from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.policy.store import Quality
 from qlip_export.progress import Silent
-from qlip_export.runtime import TextToImage
+from qlip_export.runtime import Previews, TextToImage
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from tests import tamper
 from tests.conftest import STEPS, Cli, Shared, build_tiny
@@ -110,6 +110,27 @@ def test_the_engines_of_the_schedule_run_and_no_others(
         tamper.alter_engine(other, switching, bits, lambda bias: bias + 1)
         image = TextToImage.load(other)(PROMPTS[0], seed=4).images[0]
         assert same(image, expected) == (bits not in used[switching])
+
+
+def test_previews_come_evenly_and_change_nothing(pipeline: TextToImage) -> None:
+    events: list[Any] = []
+    made = pipeline(
+        PROMPTS[0],
+        seed=0,
+        on_step=lambda done, total: events.append(done),
+        previews=Previews(2, lambda images: events.append(images)),
+    )
+    kinds = [event if isinstance(event, int) else "preview" for event in events]
+    expected: list[Any] = []
+    for done in range(1, STEPS + 1):
+        expected += [done, "preview"] if done in {round(STEPS / 3), round(2 * STEPS / 3)} else [done]
+    assert kinds == expected
+    assert same(made.images[0], pipeline(PROMPTS[0], seed=0).images[0])
+    assert 0 < made.records[0]["seconds"]["previews"] < made.records[0]["seconds"]["total"]
+    assert Previews(9, lambda images: None).after(4) == {1, 2, 3}
+    assert Previews(0, lambda images: None).after(4) == set()
+    with pytest.raises(QlipError, match="drop the memory budget"):
+        pipeline(PROMPTS[0], memory_budget="4GB", previews=Previews(2, lambda images: None))
 
 
 def test_every_engine_is_loaded_before_the_first_step(adaptive_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ with Live() as bars:
 
 WAITING = """
 import sys, time
-sys.stderr.isatty = lambda: True
+sys.stderr.isatty = sys.stdout.isatty = lambda: True
 from qlip_export.progress import waiting
 with waiting("loading"):
     time.sleep(0.3)
@@ -65,10 +66,17 @@ def test_lines_tell_the_time_left(
 
 
 def test_no_terminal_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert isinstance(progress.progress_for_terminal(), Live)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    assert isinstance(progress.progress_for_terminal(), Plain)
+    for errors, output in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda errors=errors: errors)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda output=output: output)
+        assert isinstance(progress.progress_for_terminal(), Live if errors and output else Plain)
+
+
+def test_batches_are_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    begin = progress.batches(Plain(), "texts")
+    for before in range(3):
+        begin(before, 3)
+    assert capsys.readouterr().err == "texts (3)\n"
 
 
 def test_waiting_says_nothing_to_a_log(capfd: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,13 @@ class Trained:
 
 
 def train_t2q(
-    projection: Tensor, pooled: Tensor, labels: NDArray[np.float32], *, epochs: int, seed: int
+    projection: Tensor,
+    pooled: Tensor,
+    labels: NDArray[np.float32],
+    *,
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Train T2Q's last two layers with the mean squared error (table S5).
 
@@ -201,6 +207,7 @@ def train_t2q(
         labels: (N,) in [0, 1].
         epochs: Passes over the training part.
         seed: Of weights, split and order.
+        on_epoch: Called before each.
 
     Raises:
         QlipError: Too few labels.
@@ -224,6 +231,7 @@ def train_t2q(
     steps = epochs * (len(train) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for _ in range(epochs):
+        on_epoch()
         shuffled = train[torch.randperm(len(train), generator=generator)]
         for start in range(0, len(shuffled) - batch + 1, batch):
             index = shuffled[start : start + batch]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +82,7 @@ def measure_ranges(
                 guidance=guidance,
                 generator=generator,
                 output_type="latent",
-                callback_on_step_end=_each_step(on_step),
+                on_step=on_step,
             )
     finally:
         for handle in handles:
@@ -102,14 +101,6 @@ def measure_ranges(
         recipe=recipe,
         layers={name: histogram.range() for name, histogram in histograms.items()},
     )
-
-
-def _each_step(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
-    def callback(*_: Any) -> dict[str, Any]:
-        on_step()
-        return {}
-
-    return callback
 
 
 def _observer(histogram: MagnitudeHistogram) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:

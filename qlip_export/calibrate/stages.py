@@ -47,7 +47,7 @@ from qlip_export.policy.store import (
     QualityRecipe,
     policy_name,
 )
-from qlip_export.progress import Progress
+from qlip_export.progress import Progress, batches
 from qlip_export.quant.ranges import Ranges, Recipe
 from qlip_export.quant.rounding import LearnedRounding, RoundingRecipe
 from qlip_export.quant.weights import round_to_nearest
@@ -271,10 +271,15 @@ class Calibration:
         else:
             raw = raw_labels(self._drawn(simulator, prompts), criterion, reference, seed=options.seed)
         labels, low, high = scaled(raw)
-        self._progress.stage("t2q", 1)
-        self._progress.item(f"{SIZES.epochs} epochs")
+        self._progress.stage("t2q", SIZES.epochs)
+        self._progress.detail("text embeddings")
         trained = train_t2q(
-            simulator.projection, simulator.pooled(prompts), labels, epochs=SIZES.epochs, seed=options.seed
+            simulator.projection,
+            simulator.pooled(prompts),
+            labels,
+            epochs=SIZES.epochs,
+            seed=options.seed,
+            on_epoch=lambda: self._progress.item("epochs"),
         )
         recipe = QualityRecipe.model_validate(
             {
@@ -493,7 +498,8 @@ class Calibration:
             return None
         if path.is_dir():
             extractor = FeatureExtractor(self._checkpoint.folder, device=self._options.device)
-            return joined(map(extractor, images_of(path)))["embedding"]
+            images = images_of(path, on_batch=batches(self._progress, "reference"))
+            return joined(map(extractor, images))["embedding"]
         from safetensors.numpy import load_file
 
         try:

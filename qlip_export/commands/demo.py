@@ -19,6 +19,9 @@ def demo(
     max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt, at most.")] = 400,
     max_images: Annotated[int, typer.Option(min=1, max=16, help="Images of a request, at most.")] = 4,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait, at most.")] = 64,
+    previews: Annotated[
+        int, typer.Option(min=0, help="Images on the way, each at the cost of a run of the VAE decoder.")
+    ] = 4,
     backend: TargetOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
@@ -27,7 +30,7 @@ def demo(
     from qlip_export.runtime import TextToImage
 
     pipeline = TextToImage.load(bundle, backend=backend, threads=threads)
-    studio = Studio(pipeline, Limits(prompt=max_prompt, images=max_images, waiting=max_waiting))
+    studio = Studio(pipeline, Limits(prompt=max_prompt, images=max_images, waiting=max_waiting), previews)
     print(f"loading {bundle}", file=sys.stderr, flush=True)
     from qlip_export.demo.page import build_page, serve
 

@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Make images from prompts, at the bits that each prompt needs."""
     from qlip_export.display import print_schedules
-    from qlip_export.progress import Silent, progress_for_terminal
+    from qlip_export.progress import progress_for_terminal
     from qlip_export.runtime import TextToImage
     from qlip_export.runtime.budget import parse_budget
 
@@ -85,8 +85,16 @@ def generate(
     def save(image: Image, record: dict[str, Any]) -> None:
         record["file"] = _save_image(image, next(names))
 
-    with progress_for_terminal() if sys.stderr.isatty() else Silent() as progress:
+    with progress_for_terminal() as progress:
         progress.stage("sample", len(manifest.sampler.steps) * batches)
+        progress.item("loading engines")
+
+        def step(done: int, total: int) -> None:
+            if done < total:
+                progress.item(f"step {done + 1} of {total}")
+            else:
+                progress.detail("decoding")
+
         result = pipeline(
             prompt,
             seed=seed,
@@ -94,7 +102,7 @@ def generate(
             negative_prompt=negative_prompt,
             bits=bits,
             memory_budget=budget,
-            on_step=lambda done, total: progress.item(f"step {done} of {total}"),
+            on_step=step,
             on_image=save,
         )
     for warning in result.warnings:

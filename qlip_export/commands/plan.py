@@ -35,21 +35,24 @@ def plan(
     wanted = _one_of(get_args(WeightBits), weight_bits, "--weight-bits")
     cut = _one_of(get_args(Granularity), blocks, "--blocks")
     precision = _one_of(get_args(Unit), granularity, "--granularity")
-    from qlip_export.plan import plan as run
+    from qlip_export.progress import waiting
     from qlip_export.zoo import find_configs
 
     found, checkpoint = find_configs(model, revision=revision)
-    result = run(
-        found,
-        checkpoint,
-        bits=options,
-        weight_bits=wanted,
-        granularity=cut,
-        precision=precision,
-        batch_size=batch_size,
-        height=height,
-        width=width,
-    )
+    with waiting("loading torch"):
+        from qlip_export.plan import plan as run
+    with waiting(f"counting {found.name}"):
+        result = run(
+            found,
+            checkpoint,
+            bits=options,
+            weight_bits=wanted,
+            granularity=cut,
+            precision=precision,
+            batch_size=batch_size,
+            height=height,
+            width=width,
+        )
     print(result.model_dump_json() if as_json else describe(result))
 
 

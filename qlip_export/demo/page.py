@@ -41,7 +41,7 @@ CSS = """
 #images .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 256px)) !important; }
 """
 
-Shown = tuple[list[Image.Image], str, str]
+Shown = tuple[Any, str, str]
 
 
 def build_page(studio: Studio) -> gr.Blocks:
@@ -49,11 +49,11 @@ def build_page(studio: Studio) -> gr.Blocks:
     manifest = studio.pipeline.bundle.manifest
 
     def draw(prompt: str, choice: str, seed: float | None, count: float) -> Iterator[Shown]:
+        shown: tuple[Image.Image, ...] | None = None
         for view in studio.draw(prompt or "", choice, seed, count):
-            yield list(view.images), view.status, view.bits
-
-    def draw_example(prompt: str) -> Iterator[Shown]:
-        yield from draw(prompt, studio.choices[0], 0, 1)
+            # Images travel only when they are new ones.
+            yield gr.skip() if view.images is shown else list(view.images), view.status, view.bits
+            shown = view.images
 
     with gr.Blocks(title=f"{manifest.model.name}: qlip-export", analytics_enabled=False) as page:
         gr.Markdown(
@@ -97,15 +97,8 @@ def build_page(studio: Studio) -> gr.Blocks:
         button.click(draw, inputs, outputs, **common)
         prompt.submit(draw, inputs, outputs, **common)
         for title, prompts in examples(studio):
-            gr.Examples(
-                [[text] for text in prompts],
-                [prompt],
-                label=title,
-                fn=draw_example,
-                outputs=outputs,
-                run_on_click=True,
-                cache_examples=False,
-            )
+            chosen = gr.Examples([[text] for text in prompts], [prompt], label=title)
+            chosen.load_input_event.then(draw, inputs, outputs, **common)
     page.queue(max_size=studio.limits.waiting, default_concurrency_limit=1)
     return page
 

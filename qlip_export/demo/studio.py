@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -17,12 +17,14 @@ from pydantic import Field
 from qlip_export.bitmap import bit_map, colour, options_of
 from qlip_export.bundle import Manifest
 from qlip_export.errors import QlipError
-from qlip_export.runtime import TextToImage
+from qlip_export.runtime import Previews, TextToImage
 from qlip_export.runtime.schedule import Scheduler, block_bits
 from qlip_export.spec import Frozen
 
 ADAPTIVE = "adaptive"
 SEEDS = 2**31 - 1
+PREVIEWS = 4
+"""Of an image, unless somebody says otherwise."""
 
 
 class Limits(Frozen):
@@ -38,7 +40,7 @@ class View:
     """What the page shows at one moment of a request.
 
     Attributes:
-        images: Those that are done.
+        images: Those that are done, then those at work as their last preview foresees them.
         status: Where the request stands, Markdown.
         bits: The bit map, HTML.
         failed: Whether this is the end of a request that failed.
@@ -65,9 +67,9 @@ class _AbandonedError(Exception):
 class Studio:
     """A pipeline and what may be asked of it."""
 
-    def __init__(self, pipeline: TextToImage, limits: Limits) -> None:
-        """Keep both; nothing is loaded yet."""
-        self.pipeline, self.limits = pipeline, limits
+    def __init__(self, pipeline: TextToImage, limits: Limits, previews: int = PREVIEWS) -> None:
+        """Keep them; nothing is loaded yet. An image is shown ``previews`` times before it is done."""
+        self.pipeline, self.limits, self.previews = pipeline, limits, previews
         manifest = pipeline.bundle.manifest
         uniform = [f"{bits} bits" for bits in pipeline.bundle.uniform]
         self.choices = [ADAPTIVE, *uniform] if manifest.policy else uniform
@@ -118,23 +120,32 @@ class Studio:
         manifest = self.pipeline.bundle.manifest
         steps = len(manifest.sampler.steps)
         planned = self._planned(prompt, bits)
-        yield View((), "The whole run is known; loading its engines.", _html(manifest, planned, 0))
+        told = View((), "The whole run is known; loading its engines.", _html(manifest, planned, 0))
+        yield told
         worker = threading.Thread(target=self._work, args=(run, prompt, bits, seed, count), daemon=True)
         worker.start()
-        images: list[Image.Image] = []
+        images: tuple[Image.Image, ...] = ()
         while True:
             kind, value = run.events.get()
             if kind == "step":
                 done = value % steps or steps
                 of = f"image {len(images) + 1} of {count}, " if count > 1 else ""
-                status = f"Drawing: {of}step {done} of {steps}."
-                yield View(tuple(images), status, _html(manifest, planned, done))
+                told = replace(
+                    told,
+                    status=f"Drawing: {of}step {done} of {steps}.",
+                    bits=_html(manifest, planned, done),
+                )
+                yield told
+            elif kind == "preview":
+                told = replace(told, images=(*images, *value))
+                yield told
             elif kind == "image":
-                images.append(value)
+                images = (*images, value)
+                told = replace(told, images=images)
             elif kind == "error":
                 raise value
             else:
-                yield View(tuple(images), _told(value), _html(manifest, value[-1], steps))
+                yield View(images, _told(value), _html(manifest, value[-1], steps))
                 return
 
     def _work(self, run: _Run, prompt: str, bits: int | None, seed: int, count: int) -> None:
@@ -150,6 +161,7 @@ class Studio:
                 bits=bits,
                 on_step=on_step,
                 on_image=lambda image, record: run.events.put(("image", image)),
+                previews=Previews(self.previews, lambda images: run.events.put(("preview", images))),
             )
         except _AbandonedError:
             return

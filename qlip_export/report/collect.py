@@ -197,6 +197,9 @@ def _references(
             'No FP32 reference was drawn: diffusers is not installed (pip install "qlip-export[export]").'
         )
         return []
+    sampler = bundle.manifest.sampler
+    progress.stage("reference", len(prompts) * sampler.requested_steps)
+    progress.detail("loading diffusers")
     from qlip_export.reference import check_same_model, reference_image
     from qlip_export.torch_pipeline import load_pipeline, use_scheduler
 
@@ -206,18 +209,20 @@ def _references(
     except QlipError as error:
         notes.append(f"No FP32 reference was drawn: {error.problem}.")
         return []
-    sampler = bundle.manifest.sampler
-    progress.stage("reference", len(prompts) + 1)
-    progress.item("loading diffusers")
     pipeline = load_pipeline(checkpoint)
     use_scheduler(pipeline, sampler.scheduler)
     found = []
     for i, prompt in enumerate(prompts):
-        progress.item(prompt[:40])
         noise = _noise(bundle, options.seed + i)
         started = time.perf_counter()
-        guidance = bundle.guidance(options.guidance)
-        image = reference_image(pipeline, prompt, noise, steps=sampler.requested_steps, guidance=guidance)
+        image = reference_image(
+            pipeline,
+            prompt,
+            noise,
+            steps=sampler.requested_steps,
+            guidance=bundle.guidance(options.guidance),
+            on_step=lambda told=prompt[:40]: progress.item(told),  # type: ignore[misc]
+        )
         found.append(Drawing("FP32, diffusers", image, None, 32.0, time.perf_counter() - started, False))
     return found
 

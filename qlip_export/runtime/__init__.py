@@ -1,5 +1,5 @@
 """The light half: loads a bundle and makes images. Nothing here imports torch, diffusers or ONNX."""
 
-from qlip_export.runtime.pipeline import Generation, TextToImage
+from qlip_export.runtime.pipeline import Generation, Previews, TextToImage
 
-__all__ = ["Generation", "TextToImage"]
+__all__ = ["Generation", "Previews", "TextToImage"]

@@ -33,6 +33,23 @@ OnImage = Callable[[Image.Image, dict[str, Any]], None]
 """Called with each image and its record as soon as it is made; what it adds to the record stays there."""
 
 
+@dataclass(frozen=True)
+class Previews:
+    """Images on the way: what a step foresees, decoded. Each costs a run of the VAE decoder.
+
+    Attributes:
+        count: How many of each batch, evenly over its steps; the last step is the image and not one of them.
+        show: Called with the images of the batch.
+    """
+
+    count: int
+    show: Callable[[list[Image.Image]], None]
+
+    def after(self, steps: int) -> set[int]:
+        """Return after which of ``steps`` steps there is one, counted from 1."""
+        return {round(steps * (i + 1) / (self.count + 1)) for i in range(self.count)} - {0, steps}
+
+
 @dataclass
 class Generation:
     """What one call made: the images, and everything needed to make them again.
@@ -48,7 +65,8 @@ class Generation:
             others of at least their bits, and those, which ran in their place (`bits`, `variants` and `fab`
             are those that were chosen). `target` names the engines. `memory`, with a
             budget, is a `MemoryUse`. `seconds`, of the whole batch:
-            `total`, `policy` (deciding the bits), `prompt_and_load`, `steps`, `decode`.
+            `total`, `policy` (deciding the bits), `prompt_and_load`, `steps`, `decode`, and `previews` where
+            there were any.
     """
 
     images: list[Image.Image]
@@ -107,6 +125,7 @@ class TextToImage:
         memory_budget: int | str | None = None,
         on_step: OnStep | None = None,
         on_image: OnImage | None = None,
+        previews: Previews | None = None,
     ) -> Generation:
         """Generate one image for each prompt.
 
@@ -125,10 +144,12 @@ class TextToImage:
                 in it. Without one, everything that was loaded stays loaded.
             on_step: Progress callback.
             on_image: Called as soon as an image is made.
+            previews: How many images on the way to decode, and for whom; not with a memory budget.
 
         Raises:
             QlipError: No prompt, latents of another shape, bits that are not in the bundle, a memory budget
-                that is too small, or a negative prompt or a guidance scale that the model has no use for.
+                that is too small or that comes with previews, or a negative prompt or a guidance scale that
+                the model has no use for.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -150,6 +171,8 @@ class TextToImage:
         if bits is not None or self._policy is None:
             self.bundle.bits(bits)  # refused before anything is loaded
         budget = None if memory_budget is None else parse_budget(memory_budget)
+        if budget is not None and previews is not None:
+            raise QlipError("previews would load the VAE decoder between steps", fix="drop the memory budget")
         result = Generation([], [])
         size = self.bundle.manifest.shapes.batch_size
         steps = len(self.bundle.manifest.sampler.steps)
@@ -173,6 +196,7 @@ class TextToImage:
                     result,
                     report,
                     on_image,
+                    previews,
                 )
         return result
 
@@ -205,6 +229,7 @@ class TextToImage:
         result: Generation,
         report: Callable[[int], None],
         on_image: OnImage | None,
+        previews: Previews | None,
     ) -> None:
         started = time.perf_counter()
         count, size = len(prompts), self.bundle.manifest.shapes.batch_size
@@ -234,6 +259,7 @@ class TextToImage:
             sampler.start(noise)
             pair = self.bundle.manifest.guidance.rows
             seconds: list[float] = []
+            previewed, previewing = previews.after(len(running)) if previews else set(), 0.0
             for pattern in running:
                 begun = time.perf_counter()
                 rows = np.concatenate([sampler.denoiser_input()] * pair)
@@ -241,15 +267,13 @@ class TextToImage:
                 sampler.step(guided(found[:size], found[size:], guidance) if pair > 1 else found)
                 seconds.append(time.perf_counter() - begun)
                 report(len(seconds))
+                if previews is not None and len(seconds) in previewed:
+                    begun = time.perf_counter()
+                    previews.show(self._decoded(sampler.foreseen(), count))
+                    previewing += time.perf_counter() - begun
             decoding = time.perf_counter()
-            pixels = self._vae_decoder(latents=sampler.latents)["image"]
-        if not np.isfinite(pixels).all():
-            raise NotFiniteError(
-                "the image is not finite",
-                fix=f"run 'qlip-export validate {self.bundle.root}' to find the block that overflows",
-            )
+            images = self._decoded(sampler.latents, count)
         result.warnings += [note for note in self.backend.notes if note not in result.warnings]
-        images = to_images(pixels[:count])
         used = room.used
         ended = time.perf_counter()
         for prompt, seed, q, image in zip(prompts, seeds, qualities, images, strict=True):
@@ -273,12 +297,22 @@ class TextToImage:
                     "prompt_and_load": round(loaded - started, 4),
                     "steps": [round(s, 5) for s in seconds],
                     "decode": round(ended - decoding, 4),
+                    **({"previews": round(previewing, 4)} if previews is not None else {}),
                 },
             }
             result.images.append(image)
             result.records.append(record)
             if on_image is not None:
                 on_image(image, record)
+
+    def _decoded(self, latents: NDArray[np.float32], count: int) -> list[Image.Image]:
+        pixels = self._vae_decoder(latents=latents)["image"]
+        if not np.isfinite(pixels).all():
+            raise NotFiniteError(
+                "the image is not finite",
+                fix=f"run 'qlip-export validate {self.bundle.root}' to find the block that overflows",
+            )
+        return to_images(pixels[:count])
 
     def _decide(
         self, pooled: NDArray[np.float32], count: int, bits: int | None

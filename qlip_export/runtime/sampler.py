@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip_export.errors import NotFiniteError, QlipError
-from qlip_export.spec import SamplerTable
+from qlip_export.spec import SamplerStep, SamplerTable
 
 Latents = NDArray[np.float32]
 
@@ -54,6 +54,19 @@ class Sampler:
         """What the denoiser is told about the time of the next step."""
         return self.table.steps[self.index].timestep
 
+    def foreseen(self) -> Latents:
+        """Return what ``latents`` would be after the last step if the denoiser went on to say the same.
+
+        For models that predict noise, and velocity in flow matching, this is the clean image predicted from
+        the current step (exactly so where a step looks back at nothing before it), without knowing
+        more of the scheduler than the table. No denoiser runs.
+        """
+        ahead = Sampler(self.table)
+        ahead._samples, ahead._outputs = self._samples.copy(), self._outputs.copy()
+        for row in self.table.steps[self.index :]:
+            ahead._take(row, self._outputs[0])
+        return ahead.latents
+
     def denoiser_input(self) -> Latents:
         """Return the current sample as the denoiser wants it at the next step, float32."""
         scale = self.table.steps[self.index].input_scale
@@ -86,13 +99,15 @@ class Sampler:
                 found=f"{np.count_nonzero(~np.isfinite(output))} NaN or infinite values of {output.size}",
                 fix="run with 32-bit activations to see whether a narrower variant overflows",
             )
+        self._take(self.table.steps[self.index], output)
+        self.index += 1
+
+    def _take(self, row: SamplerStep, output: Latents) -> None:
         self._outputs.appendleft(output)
-        row = self.table.steps[self.index]
         total = np.zeros_like(output)
         _accumulate(total, row.sample, self._samples)
         _accumulate(total, row.output, self._outputs)
         self._samples.appendleft(total)
-        self.index += 1
 
 
 def _accumulate(total: Latents, coefficients: Iterable[float], values: Iterable[Latents]) -> None:

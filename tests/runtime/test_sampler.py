@@ -54,6 +54,44 @@ def test_sampler_follows_diffusers(name: str, steps: int) -> None:
     assert np.abs(sampler.latents - expected).max() / np.abs(expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["ddim", "euler", "flow-match-euler"])
+def test_foreseen_is_the_predicted_clean_sample(name: str) -> None:
+    """As diffusers predicts it (Song et al. 2021, DDIM, equation 9)."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} if name.startswith("flow") else CONFIG
+    # A last step to alpha 1 instead of the alpha of timestep 0, so that the run ends at the clean sample.
+    scheduler = scheduler_from_config(name, {**config, "set_alpha_to_one": True})
+    sampler = Sampler(probe_scheduler(scheduler, 5, name=name))
+    sampler.start(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        before, output = sampler.latents, denoise(sampler.denoiser_input(), sampler.timestep)
+        sampler.step(output)
+        if name.startswith("flow"):
+            expected = before - float(t) / 1000 * output
+        else:
+            arrays = torch.from_numpy(output), t, torch.from_numpy(before)
+            expected = scheduler.step(*arrays).pred_original_sample.numpy()
+        foreseen = sampler.foreseen()
+        assert np.abs(foreseen - expected).max() / np.abs(expected).max() < 1e-4
+    np.testing.assert_array_equal(foreseen, sampler.latents)
+
+
+@pytest.mark.parametrize("name", ["dpmsolver++", "pndm"])
+def test_foreseen_by_samplers_that_look_back(name: str) -> None:
+    """A denoiser that says the same at every step is foreseen from the first step on."""
+    sampler = Sampler(probe_scheduler(scheduler_from_config(name, CONFIG), 10, name=name))
+    noise, output = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    sampler.start(noise)
+    sampler.step(output)
+    foreseen = sampler.foreseen()
+    state = sampler.index, sampler.latents.copy()
+    sampler.foreseen()
+    assert sampler.index == state[0] and (sampler.latents == state[1]).all(), "foreseeing changed the run"
+    while not sampler.done:
+        sampler.step(output)
+    np.testing.assert_array_equal(foreseen, sampler.latents)
+
+
 def table(*steps: SamplerStep, init_scale: float = 1.0) -> SamplerTable:
     return SamplerTable(
         scheduler="x", scheduler_class="X", init_scale=init_scale, requested_steps=1, steps=steps

@@ -85,6 +85,26 @@ def test_prompt_gives_image_and_map(page: Any, different: tuple[str, str]) -> No
     assert first != page.get_attribute("#bits table", "aria-label")
 
 
+def test_image_is_seen_before_it_is_done(page: Any) -> None:
+    """Whatever the page shows while it draws is noted by the page itself: no polling could miss it."""
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const note = () => {
+                const status = document.querySelector('#status').innerText;
+                const image = document.querySelector('#images img');
+                if (status.includes('Drawing') && image) window.seen.push(image.src);
+            };
+            const all = {subtree: true, childList: true, attributes: true};
+            new MutationObserver(note).observe(document.body, all);
+        }"""
+    )
+    ask(page, "a red apple")
+    answer(page)
+    final = page.get_attribute("#images img", "src")
+    assert set(page.evaluate("window.seen")) - {final}
+
+
 def test_switch_to_uniform_bits(page: Any) -> None:
     page.get_by_label("8 bits", exact=True).check()
     ask(page, "a red apple")

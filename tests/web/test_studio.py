@@ -19,7 +19,7 @@ PROMPT = "a red apple"
 
 @pytest.fixture(scope="module")
 def studio(adaptive_bundle: Path) -> Studio:
-    return Studio(TextToImage.load(adaptive_bundle), Limits(prompt=40, images=2))
+    return Studio(TextToImage.load(adaptive_bundle), Limits(prompt=40, images=2), previews=0)
 
 
 def views(studio: Studio, *request: Any) -> list[View]:
@@ -60,6 +60,22 @@ def test_images_come_one_after_the_other(studio: Studio) -> None:
     assert [len(view.images) for view in seen] == [0] * (STEPS + 1) + [1] * STEPS + [2]
     assert seen[1].status == f"Drawing: image 1 of 2, step 1 of {STEPS}."
     assert seen[-2].status == f"Drawing: image 2 of 2, step {STEPS} of {STEPS}."
+
+
+def test_image_is_seen_on_its_way(studio: Studio) -> None:
+    previewing = Studio(studio.pipeline, studio.limits, previews=1)
+    seen = views(previewing, PROMPT, ADAPTIVE, 5, 2)
+    shown = [(len(view.images), view.status) for view in seen]
+    middle = round(STEPS / 2)
+    first = shown.index((1, f"Drawing: image 1 of 2, step {middle} of {STEPS}."))
+    assert [count for count, _ in shown[:first]] == [0] * (1 + middle)
+    assert (2, f"Drawing: image 2 of 2, step {middle} of {STEPS}.") in shown
+    assert len(seen) == 1 + 2 * (STEPS + 1) + 1
+    # What was foreseen gives way to the image, and the image does not depend on it.
+    plain = views(studio, PROMPT, ADAPTIVE, 5, 2)[-1].images
+    assert (np.asarray(seen[first].images[0]) != np.asarray(plain[0])).any()
+    for with_previews, without in zip(seen[-1].images, plain, strict=True):
+        assert (np.asarray(with_previews) == np.asarray(without)).all()
 
 
 @pytest.mark.parametrize(
