@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "chain": SHAPES,
     "images": SHAPES,
     "startup": ("emoji",),
+    "previews": ("emoji",),
     "schedules": SHAPES,
     "variants": ("emoji",),
     "planning": ("emoji",),

@@ -148,6 +148,14 @@ def _startup(result: dict[str, Any]) -> str:
     return f"{table(['whole process', 'wall time', 'target', ''], rows)}\n\n{breakdown}"
 
 
+def _previews(result: dict[str, Any]) -> str:
+    rows = [
+        [str(row["previews"]), _spread(row["image"]), f"{row['ratio']:.3f}", f"{row['cpu_ratio']:.3f}"]
+        for row in result["rows"]
+    ]
+    return table(["previews", f"an image, {result['steps']} steps", "to none", "in CPU time"], rows)
+
+
 def _build(result: dict[str, Any]) -> str:
     seconds, seconds_target = result["wall_seconds"], result["seconds_target"]
     peak, peak_target = result["peak_rss_bytes"] / 1e9, result["peak_rss_target"] / 1e9
@@ -244,6 +252,7 @@ RENDERERS = {
     "chain": _chain,
     "images": _images,
     "startup": _startup,
+    "previews": _previews,
     "build": _build,
     "planning": _planning,
     "cuda": _cuda,

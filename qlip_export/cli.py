@@ -116,11 +116,11 @@ def quickstart(
     with progress_for_terminal() as progress:
         report = run(out, progress)
     print_validation(report.validation)
-    print(f"bundle:  {report.build.bundle} (built in {report.build.seconds:.0f} s)")
+    print(f"bundle:  {out / 'emoji'} (built in {report.build.seconds:.0f} s)")
     print(f"images:  {report.sheet}")
     for setting, seconds in report.seconds_per_image.items():
         print(f"         {seconds:.2f} s an image ({setting})")
-    print(f'try:     qlip-export generate {report.build.bundle} "a rocket in noto style" --explain')
+    print(f'try:     qlip-export generate {out / "emoji"} "a rocket in noto style" --explain')
     if not report.validation.passed:
         raise typer.Exit(1)
 

@@ -60,7 +60,7 @@ def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
         average = sum(r["fab"] for r in records) / len(records)
         title = f"{bits} bits" if bits else f"adaptive, {average:.1f} bits"
         seconds[title] = totals[len(totals) // 2]
-        columns.append((f"{title}, {seconds[title]:.1f} s", images))
+        columns.append((f"{title}\n{seconds[title]:.1f} s an image", images))
     sheet = folder / "quickstart.png"
     with explained_os_errors(sheet), written_aside(sheet) as aside:
         contact_sheet(list(PROMPTS), columns).save(aside, format="PNG")
@@ -71,7 +71,7 @@ def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
 def contact_sheet(rows: list[str], columns: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     """Return a grid of images: a row for each prompt, a column for each setting, with captions."""
     width, height = columns[0][1][0].size
-    margin, label, head = 8, 330, 32
+    margin, label, head = 8, 330, 44
     sheet = Image.new(
         "RGB", (label + len(columns) * (width + margin), head + len(rows) * (height + margin)), "white"
     )
@@ -79,7 +79,9 @@ def contact_sheet(rows: list[str], columns: list[tuple[str, list[Image.Image]]])
     font = ImageFont.load_default(size=14)
     for x, (title, images) in enumerate(columns):
         left = label + x * (width + margin)
-        draw.text((left + width / 2, head / 2), title, "black", font, anchor="mm")
+        draw.multiline_text(
+            (left + width / 2, head / 2), title, "black", font, anchor="mm", align="center"
+        )
         for y, image in enumerate(images):
             sheet.paste(image, (left, head + y * (height + margin)))
     for y, text in enumerate(rows):

@@ -149,6 +149,15 @@ def test_ten_requests_at_once_are_all_answered(chromium: Any, address: str) -> N
     context.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
+def test_only_this_computer_gets_in(address: str) -> None:
+    """Linux answers at all of 127.0.0.0/8: whoever listens at every address is heard at 127.0.0.2."""
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
 def test_port_that_is_taken(adaptive_bundle: Path, address: str) -> None:
     port = address.rstrip("/").rsplit(":", 1)[1]
     done = subprocess.run(
