@@ -79,9 +79,7 @@ def contact_sheet(rows: list[str], columns: list[tuple[str, list[Image.Image]]])
     font = ImageFont.load_default(size=14)
     for x, (title, images) in enumerate(columns):
         left = label + x * (width + margin)
-        draw.multiline_text(
-            (left + width / 2, head / 2), title, "black", font, anchor="mm", align="center"
-        )
+        draw.multiline_text((left + width / 2, head / 2), title, "black", font, anchor="mm", align="center")
         for y, image in enumerate(images):
             sheet.paste(image, (left, head + y * (height + margin)))
     for y, text in enumerate(rows):
