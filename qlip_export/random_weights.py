@@ -41,9 +41,13 @@ class RandomComponent(Component):
 
     @cached_property
     def names(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter, by name."""
+        """The shape of each parameter, by name; a CLIP text encoder's projection too: T2Q begins with it."""
         module = module_of(self.library, self.class_name, self.config)
-        return {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
+        if self.class_name.startswith("CLIPTextModel"):
+            width = self.config["hidden_size"]
+            shapes.setdefault("text_projection.weight", (self.config.get("projection_dim", width), width))
+        return shapes
 
     def require_weights(self) -> None:
         """There is nothing to open."""
@@ -82,8 +86,15 @@ class RandomCheckpoint(Checkpoint):
 
     def folder_of(self, name: str) -> Path:
         """Return where a component's files lie."""
-        folder = super().folder_of(name)
-        return self._tokenizer if name.startswith("tokenizer") and not folder.is_dir() else folder
+        return self._tokenizer if self._lacks(name) else super().folder_of(name)
+
+    def class_of(self, name: str) -> str:
+        """Return the class of a component, or of the tokenizer that stands in for it."""
+        listed = super().class_of(name)
+        return "CLIPTokenizer" if self._lacks(name) else listed
+
+    def _lacks(self, name: str) -> bool:
+        return name.startswith("tokenizer") and not super().folder_of(name).is_dir()
 
     def component(self, name: str) -> Component:
         """Return a component by its folder name."""
@@ -107,6 +118,7 @@ def assumed_ranges(checkpoint: Checkpoint, denoiser: str) -> Ranges:
         guidance=0,
         seed=0,
         method="assumed, not measured",
+        random_weights=checkpoint.random_seed,
     )
     return Ranges(fingerprint=part.fingerprint, recipe=recipe, layers=dict.fromkeys(layers_of(module), same))
 
@@ -122,7 +134,7 @@ def random_pipeline(checkpoint: Checkpoint) -> Any:
         if name == "scheduler":
             parts[name] = getattr(diffusers, class_name).from_pretrained(checkpoint.folder, subfolder=name)
         elif name.startswith("tokenizer"):
-            parts[name] = transformers.CLIPTokenizer.from_pretrained(checkpoint.folder_of(name))
+            parts[name] = getattr(transformers, class_name).from_pretrained(checkpoint.folder_of(name))
         else:
             component = checkpoint.component(name)
             module = module_of(checkpoint.library_of(name), class_name, component.config)

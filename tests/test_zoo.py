@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub import errors
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
-from qlip_export.random_weights import RandomCheckpoint
+from qlip_export.random_weights import RandomCheckpoint, random_pipeline
 from qlip_export.runtime import TextToImage
-from qlip_export.zoo import HUB, find_configs, find_model
+from qlip_export.zoo import EMBEDDED, HUB, find_configs, find_model
 from tests.conftest import Cli, build_tiny
+from tests.tiny_pipelines import write_flux
 
 Download = Callable[..., str]
 
@@ -135,6 +137,17 @@ def test_random_parameters_depend_on_name_and_seed_alone(configs: Path, tiny_mod
     assert part.fingerprint == again.fingerprint != other.fingerprint
     assert set(part.get("conv_norm_out.weight")) == {1}
     assert set(part.get("conv_norm_out.bias")) == {0}
+
+
+def test_tokenizers_of_a_model_of_random_weights_are_its_own_or_clips(tmp_path: Path) -> None:
+    flux = write_flux(tmp_path / "flux")
+    own = random_pipeline(RandomCheckpoint(flux, 0, EMBEDDED["emoji"] / "tokenizer")).tokenizer_2
+    assert (
+        own("a boat").input_ids == T5TokenizerFast.from_pretrained(flux / "tokenizer_2")("a boat").input_ids
+    )
+    shutil.rmtree(flux / "tokenizer_2")
+    stands_in = random_pipeline(RandomCheckpoint(flux, 0, EMBEDDED["emoji"] / "tokenizer")).tokenizer_2
+    assert isinstance(stands_in, CLIPTokenizer)
 
 
 def test_bundle_of_random_weights_says_so_runs_and_validates(

@@ -95,6 +95,9 @@ class CalibrationReport(Frozen):
     """What a calibration did, as `--json` prints it."""
 
     folder: str
+    random_weights: int | None = Field(None, description="seed; none: the model's own weights")
     files: dict[str, str] = Field(description="stage -> its result")
     reused: tuple[str, ...] = Field(description="stages whose result was there already")
+    seconds: dict[str, float] = Field(description="by stage, models loaded and all")
+    gpu_bytes: dict[str, int] = Field(description="by stage: most that PyTorch had allocated; none on a CPU")
     measured: dict[str, float]

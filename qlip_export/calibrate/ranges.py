@@ -95,6 +95,7 @@ def measure_ranges(
         guidance=guidance,
         seed=seed,
         size=None if height is width is None else size.image,
+        random_weights=checkpoint.random_seed,
     )
     return Ranges(
         fingerprint=checkpoint.component(family.denoiser_folder).fingerprint,

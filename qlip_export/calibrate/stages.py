@@ -6,6 +6,7 @@ A stage whose recipe is already there, made with the same settings, is not run a
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,11 +112,25 @@ class Calibration:
         self._progress = progress
         self._check()
         stages = {"ranges": self.ranges, "weights": self.weights, "t2q": self.t2q, "q2b": self.q2b}
-        files: dict[str, str] = {name: str(stages[name]()) for name in STAGES if name in self._options.stages}
+        files: dict[str, str] = {}
+        seconds: dict[str, float] = {}
+        memory: dict[str, int] = {}
+        gpu = self._options.device == "cuda"
+        for name in (name for name in STAGES if name in self._options.stages):
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            started = time.monotonic()
+            files[name] = str(stages[name]())
+            seconds[name] = round(time.monotonic() - started, 1)
+            if gpu:
+                memory[name] = torch.cuda.max_memory_allocated()
         return CalibrationReport(
             folder=str(self._folder),
+            random_weights=self._checkpoint.random_seed,
             files=files,
             reused=tuple(self._reused),
+            seconds=seconds,
+            gpu_bytes=memory,
             measured={k: round(v, 6) for k, v in self._measured.items()},
         )
 
@@ -173,6 +188,7 @@ class Calibration:
             guidance=self._guidance,
             seed=options.seed,
             size=self._size,
+            random_weights=self._checkpoint.random_seed,
         )
         settings = {"fingerprint": self.denoiser, "recipe": recipe.model_dump()}
         if self._is_there("ranges", path, settings, lambda: Ranges.load(path)):
@@ -212,6 +228,7 @@ class Calibration:
             "batch": min(SIZES.weight_batch, samples),
             "seed": options.seed,
             "size": self._size,
+            "random_weights": self._checkpoint.random_seed,
         }
         if self._is_there("weights", path, settings, lambda: LearnedRounding.load(path).recipe):
             return path
@@ -260,6 +277,7 @@ class Calibration:
             "guidance": self._guidance,
             "seed": options.seed,
             "size": self._size,
+            "random_weights": self._checkpoint.random_seed,
             "mixture": MIXTURE if criterion == "quality" else None,
             "epochs": SIZES.epochs,
         }
@@ -333,6 +351,7 @@ class Calibration:
             "learning_rate": LEARNING_RATE,
             "seed": options.seed,
             "size": self._size,
+            "random_weights": self._checkpoint.random_seed,
             "target_fab": options.target_fab,
             "ranges_sha256": sha256_of(self._folder / "ranges.json"),
             "weights": sha256_of(rounding) if rounding.is_file() else "nearest",

@@ -23,6 +23,13 @@ from qlip_export.errors import QlipError
 
 def calibrate(
     model: Annotated[str, typer.Option(help="Name of the zoo or a folder in the diffusers layout.")],
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="Calibrate weights of the right shapes, drawn from --seed: tells speed and memory, no more.",
+        ),
+    ] = False,
     stages: Annotated[str, typer.Option(help="Of ranges, weights, t2q, q2b.")] = "ranges,weights,t2q,q2b",
     bit_options: Annotated[str, typer.Option(help="What the policy chooses among.")] = "8,16,32",
     unit: Annotated[str, typer.Option(help="The policy decides for every block or layer.")] = "block",
@@ -54,7 +61,7 @@ def calibrate(
     width: WidthOption = None,
     scheduler: SchedulerOption = None,
     guidance: GuidanceOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of noise and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of noise, training and random weights.")] = 0,
     groups: Annotated[int, typer.Option(help="Timestep groups of the policy.")] = 5,
     forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Images drawn at a time.")] = 32,
@@ -71,7 +78,8 @@ def calibrate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Where results go.", show_default="calibration/MODEL")
+        Path | None,
+        typer.Option("-o", "--out", help="Where results go.", show_default="calibration/MODEL[-random]"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -110,7 +118,9 @@ def calibrate(
         limit=limit,
         iterations=iterations,
     )
-    found, checkpoint = find_model(model)
+    found, checkpoint = find_model(model, random_weights=seed if random_weights else None)
+    if out is None and random_weights:
+        out = Path("calibration") / f"{found.name}-random"
     if out is None and found.calibration is not None:
         raise QlipError(
             f"{model} brings its calibration; a new one does not go over it unasked",
@@ -126,7 +136,11 @@ def calibrate(
     if as_json:
         print(report.model_dump_json())
         return
+    if report.random_weights is not None:
+        print(f"random weights of seed {report.random_weights}: for speed and memory, not for use")
     for stage, file in report.files.items():
-        print(f"{stage:8} {file}{' (there already)' if stage in report.reused else ''}")
+        memory = f", {report.gpu_bytes[stage] / 1e9:.2f} GB of the GPU" if stage in report.gpu_bytes else ""
+        took = "there already" if stage in report.reused else f"{report.seconds[stage]:.1f} s{memory}"
+        print(f"{stage:8} {file} ({took})")
     for name, value in report.measured.items():
         print(f"{name:8} {value:.6g}")

@@ -45,6 +45,10 @@ class QualityRecipe(Frozen):
     size: tuple[int, int] | None = Field(
         default=None, description="height and width of the images, pixels; none: the model's own"
     )
+    random_weights: int | None = Field(
+        default=None,
+        description="seed of random weights that stood in for the model's: speed and memory, no quality",
+    )
     low: float = Field(description="raw label that became 0")
     high: float = Field(description="raw label that became 1")
     mixture: int | None = Field(description="Gaussians of GIQA's mixture; none for other criteria")
@@ -79,6 +83,10 @@ class PolicyRecipe(Frozen):
     seed: int
     size: tuple[int, int] | None = Field(
         default=None, description="height and width of the images, pixels; none: the model's own"
+    )
+    random_weights: int | None = Field(
+        default=None,
+        description="seed of random weights that stood in for the model's: speed and memory, no quality",
     )
     lambda_bit: float = Field(description="as it was at the end")
     target_fab: float | None = Field(description="FAB that lambda_bit was steered to, if any")

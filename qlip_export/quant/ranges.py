@@ -32,6 +32,10 @@ class Recipe(Frozen):
         default=None, description="height and width of the images, pixels; none: the model's own"
     )
     method: str = "mse"
+    random_weights: int | None = Field(
+        default=None,
+        description="seed of random weights that stood in for the model's: speed and memory, no quality",
+    )
 
 
 class LayerRange(Frozen):

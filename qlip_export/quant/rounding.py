@@ -38,6 +38,10 @@ class RoundingRecipe(Frozen):
     size: tuple[int, int] | None = Field(
         default=None, description="height and width of the images, pixels; none: the model's own"
     )
+    random_weights: int | None = Field(
+        default=None,
+        description="seed of random weights that stood in for the model's: speed and memory, no quality",
+    )
     flipped: float = Field(description="share of weights not rounded to the nearest code")
     error_nearest: float = Field(description="relative squared error of block outputs, round to nearest")
     error_learned: float = Field(description="the same with learned rounding")

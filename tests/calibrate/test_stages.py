@@ -21,9 +21,11 @@ from qlip_export.calibrate.bits import TRAINER
 from qlip_export.calibrate.options import CalibrateOptions
 from qlip_export.calibrate.stages import Calibration, Sizes
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 from qlip_export.policy.store import Policy, Quality
 from qlip_export.progress import Silent
+from qlip_export.quant.ranges import Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.runtime import TextToImage
 from tests import tamper
@@ -107,6 +109,30 @@ def never(*_: Any, **__: Any) -> None:
 
 
 # --- what is made
+
+
+def test_random_weights_go_through_all_stages_and_are_marked(
+    calibrate: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(tiny_model, configs, ignore=shutil.ignore_patterns("*.safetensors"))
+    out = tmp_path / "random"
+    told_of = report(
+        calibrate(out, "--random-weights", "--seed", 5, "--criterion", "complexity", model=configs)
+    )
+    assert told_of["random_weights"] == 5
+    assert list(told_of["seconds"]) == list(told_of["files"]) == ALL
+    assert told_of["gpu_bytes"] == {}  # no GPU was asked for
+    recipes = [
+        Ranges.load(out / "ranges.json").recipe,
+        LearnedRounding.load(out / "weights.safetensors").recipe,
+    ]
+    recipes += [Quality.load(out, "complexity").recipe, Policy.load(out, "8-16-32-complexity").recipe]
+    assert [recipe.random_weights for recipe in recipes] == [5] * 4
+    # Only weights of that seed take it.
+    options = {"bits": (8, 16, 32), "calibration": out, "random_weights": True}
+    with pytest.raises(QlipError, match="on another model"):
+        build_tiny(configs, tmp_path / "other", seed=6, **options)
 
 
 def test_every_stage_leaves_its_result(calibrated: Path, towers: Path) -> None:
