@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ from qlip_export.bundle import (
     ModelEntry,
     QuantizationEntry,
     ShapesEntry,
+    SizeEntry,
     TargetEntry,
 )
 from qlip_export.capture import Shapes, denoiser_family, shapes_of
@@ -38,7 +41,18 @@ from qlip_export.prompts import CALIBRATION, GENERIC_PROMPTS, own_prompts, read_
 from qlip_export.quant.ranges import RANGE_BITS, Ranges
 from qlip_export.quant.rounding import LearnedRounding
 from qlip_export.sampler_probe import probe_scheduler, scheduler_from_config
-from qlip_export.spec import Container, Frozen, Granularity, SamplerTable, Unit, WeightBits, container_of
+from qlip_export.spec import (
+    MOST_IMAGES,
+    Container,
+    Frozen,
+    Granularity,
+    ImageSize,
+    SamplerTable,
+    Unit,
+    WeightBits,
+    container_of,
+    image_sizes,
+)
 from qlip_export.variants.choose import Choice, Chooser, Limits, VariantRow
 from qlip_export.workspace import Workspace, check_replaceable
 from qlip_export.zoo import ZooModel, find_model
@@ -55,9 +69,10 @@ class BuildOptions(Frozen):
     weight_bits: WeightBits = 4
     granularity: Granularity = "coarse"
     backend: str = "auto"
-    batch_size: int = Field(default=1, ge=1, le=64)
+    batch_size: int = Field(default=1, ge=1, le=MOST_IMAGES)
     height: int | None = Field(default=None, description="of images, pixels; none: the model's own")
     width: int | None = None
+    sizes: tuple[str, ...] = Field(default=(), description="WIDTHxHEIGHT[:BATCH], instead of these")
     revision: str | None = Field(default=None, description="of a model from the Hub")
     lora: tuple[str, ...] = Field(default=(), description="PATH[:SCALE], fused into the weights")
     random_weights: bool = False
@@ -90,6 +105,18 @@ class BuildOptions(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> BuildOptions:
+        if len(self.image_sizes) > 1 and (self.max_engine_bytes, self.target_latency) != (None, None):
+            option = "--max-engine-bytes" if self.max_engine_bytes is not None else "--target-latency"
+            raise QlipError(f"{option} is about one size of images", found=f"{len(self.sizes)} sizes")
+        return self
+
+    @property
+    def image_sizes(self) -> tuple[ImageSize, ...]:
+        """All sizes, the first one first; the batch size is that of each."""
+        return image_sizes(self.sizes, self.height, self.width, self.batch_size)
+
     @field_validator("bits")
     @classmethod
     def _increasing(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,6 +137,7 @@ class BuildReport(Frozen):
 
     bundle: str
     model: str
+    sizes: tuple[str, ...] = Field(description="WIDTHxHEIGHT[:BATCH] of images")
     backend: str | None = Field(description="none: exported only")
     device: str | None
     bits: tuple[int, ...]
@@ -156,8 +184,9 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
     backend = get_backend(backend_name) if backend_name is not None else None
     family = denoiser_family(checkpoint)
     pipeline = pipeline_of(family.name)
-    shapes = shapes_of(checkpoint, batch_size=options.batch_size, height=options.height, width=options.width)
-    sampler = _sampler(checkpoint, pipeline, options, shapes)
+    sizes = [shapes_of(checkpoint, **dict(size)) for size in options.image_sizes]
+    samplers = [_sampler(checkpoint, pipeline, options, shapes) for shapes in sizes]
+    steps = len(samplers[0].steps)
     for component in (family.denoiser_folder, *(e.name for e in pipeline.text_encoders), "vae"):
         checkpoint.component(component).require_weights()
     # What is shipped was learned on the model's own weights.
@@ -178,10 +207,10 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
     with Workspace.open(
         out, lambda: progress.note(f"another build is writing {out}; waiting for it")
     ) as workspace:
-        chooser = _chooser(options, policy, len(sampler.steps), checkpoint, folder, backend, workspace)
+        chooser = _chooser(options, policy, steps, checkpoint, folder, backend, workspace)
         exporter = Exporter(
             checkpoint,
-            shapes,
+            sizes,
             ExportOptions(
                 options.bits,
                 options.weight_bits,
@@ -194,21 +223,15 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
             progress,
         )
         ranges = _ranges(checkpoint, exporter, options, shipped, workspace, progress)
-        exported = exporter.run(ranges)
-        if policy is not None:
-            entry = policy.export(exported.blocks, len(sampler.steps), options.batch_size, workspace)
-            exported = exported.model_copy(update={"policy": entry})
+        parts = []
+        for shapes, exported, sampler in zip(sizes, exporter.run(ranges), samplers, strict=True):
+            entry = None
+            if policy is not None:
+                tag = exporter.tag(shapes, text=True)
+                entry = policy.export(exported.blocks, steps, shapes.batch_size, workspace, tag)
+            parts.append(_Size(shapes, exported.model_copy(update={"policy": entry}), sampler))
         manifest = _manifest(
-            options,
-            model,
-            checkpoint,
-            exporter,
-            shapes,
-            exported,
-            sampler,
-            weights,
-            ranges is not None,
-            workspace,
+            options, model, checkpoint, exporter, parts, weights, ranges is not None, workspace
         )
         if backend is not None:
             target = compile_target(manifest, backend, lambda p: workspace.root / p, workspace, progress)
@@ -217,6 +240,15 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
             _check_engine_bytes(manifest, target, options.max_engine_bytes)
         bundle = workspace.finish(manifest)
         return _report(bundle, exporter.choice, workspace, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """One size of a bundle, and what was made for it."""
+
+    shapes: Shapes
+    exported: Exported
+    sampler: SamplerTable
 
 
 def _sampler(
@@ -250,6 +282,7 @@ def _chooser(
     if backend is None and (options.max_engine_bytes is not None or options.target_latency is not None):
         option = "--max-engine-bytes" if options.max_engine_bytes is not None else "--target-latency"
         raise QlipError(f"{option} is about engines, and an export makes none", fix="qlip-export build")
+    batch_sizes = [size.batch_size or 1 for size in options.image_sizes]
     qualities: list[float] = []
     if options.precision == "layer":
         path = own_prompts(folder, CALIBRATION)
@@ -259,10 +292,10 @@ def _chooser(
         policy.policy.table(steps),
         qualities,
         Limits(options.max_variants, options.max_engine_bytes, options.target_fab, options.target_latency),
-        hardware(backend, options.weight_bits, folder, policy.denoiser, options.batch_size),
+        hardware(backend, options.weight_bits, folder, policy.denoiser, batch_sizes[0]),
         precision=options.precision,
         fuse=options.fuse,
-        batches=options.batch_size > 1,
+        batches=max(batch_sizes) > 1,
     )
 
 
@@ -358,7 +391,7 @@ def _ranges(
         return Ranges.load(path)
 
     steps, name = min(options.steps, 10), options.scheduler or exporter.pipeline.scheduler
-    prompts = list(GENERIC_PROMPTS)
+    prompts, size = list(GENERIC_PROMPTS), options.image_sizes[0]
 
     def measure(path: Path) -> JsonValue:
         progress.note(
@@ -370,8 +403,8 @@ def _ranges(
             prompts,
             steps=steps,
             scheduler=name,
-            height=options.height,
-            width=options.width,
+            height=size.height,
+            width=size.width,
             on_step=lambda: progress.item(""),
         )
         path.write_text(found.model_dump_json(indent=1), encoding="utf-8")
@@ -385,8 +418,9 @@ def _ranges(
         sha256_of(package / file)
         for file in ("calibrate/ranges.py", "quant/ranges.py", "torch_pipeline.py", "pipelines.py")
     ]
-    size = (options.height, options.width)
-    key = content_key("ranges", code, fingerprint, encoders, scheduler, prompts, steps, name, size)
+    key = content_key(
+        "ranges", code, fingerprint, encoders, scheduler, prompts, steps, name, (size.height, size.width)
+    )
     path, _ = workspace.product(RANGES, key, measure)
     return Ranges.load(path)
 
@@ -396,13 +430,13 @@ def _manifest(
     model: ZooModel,
     checkpoint: Checkpoint,
     exporter: Exporter,
-    shapes: Shapes,
-    exported: Exported,
-    sampler: SamplerTable,
+    sizes: Sequence[_Size],
     weights: WeightMethod,
     calibrated: bool,
     workspace: Workspace,
 ) -> Manifest:
+    first, *others = (_size_entry(exporter.pipeline, size) for size in sizes)
+    exported = sizes[0].exported
     return Manifest(
         schema_version=SCHEMA_VERSION,
         qlip_export_version=__version__,
@@ -424,20 +458,10 @@ def _manifest(
             weight_method="none" if options.weight_bits == 32 else weights.name,
             ranges=RANGES if calibrated else None,
         ),
-        shapes=ShapesEntry(
-            batch_size=shapes.batch_size,
-            latents=shapes.latents,
-            image=(shapes.image_height, shapes.image_width),
-        ),
-        inputs=exported.inputs,
-        conditioning=exporter.pipeline.inputs(shapes.size),
+        **{**dict(first), "policy": exported.policy},
+        other_sizes=tuple(others),
         guidance=exporter.pipeline.guidance(checkpoint.index),
-        blocks=exported.blocks,
-        text_encoders=exported.text_encoders,
         quality_encoder=exporter.pipeline.quality_encoder,
-        vae_decoder=exported.vae_decoder,
-        policy=exported.policy,
-        sampler=sampler,
         targets={},
         versions={
             "python": platform.python_version(),
@@ -450,12 +474,31 @@ def _manifest(
     )
 
 
+def _size_entry(pipeline: Pipeline, size: _Size) -> SizeEntry:
+    shapes, exported = size.shapes, size.exported
+    return SizeEntry(
+        shapes=ShapesEntry(
+            batch_size=shapes.batch_size,
+            latents=shapes.latents,
+            image=(shapes.image_height, shapes.image_width),
+        ),
+        inputs=exported.inputs,
+        conditioning=pipeline.inputs(shapes.size),
+        blocks=exported.blocks,
+        text_encoders=exported.text_encoders,
+        vae_decoder=exported.vae_decoder,
+        policy=None if exported.policy is None else exported.policy.onnx,
+        sampler=size.sampler,
+    )
+
+
 def _report(bundle: Bundle, choice: Choice | None, workspace: Workspace, seconds: float) -> BuildReport:
     manifest = bundle.manifest
     target = next(iter(manifest.targets.values()), None)
     return BuildReport(
         bundle=str(bundle.root),
         model=manifest.model.name,
+        sizes=tuple(size.shapes.label for size in manifest.sizes),
         backend=target.backend if target else None,
         device=target.device if target else None,
         bits=manifest.bits,

@@ -114,9 +114,12 @@ class TimingEntry(Frozen):
     """What the engines of a target took, all measured in turns in one run on the target's device."""
 
     milliseconds: dict[BundlePath, float] = Field(description="median of a call, by ONNX file of a block")
-    repeats: int
+    repeats: int = Field(description="of each engine, in the size with the fewest")
     instead: dict[str, dict[str, str]] = Field(
         description="by block: variants that are dominated, and what runs where a policy chooses them"
+    )
+    other_sizes: dict[str, dict[str, dict[str, str]]] = Field(
+        default_factory=dict, description="the same in the bundle's further sizes, by their label"
     )
 
 
@@ -130,6 +133,14 @@ class TargetEntry(Frozen):
     options: dict[str, JsonValue] = Field(description="what the compiler was told beyond its defaults")
     engines: dict[BundlePath, EngineEntry] = Field(description="by the ONNX file they were compiled from")
     timing: TimingEntry | None = Field(default=None, description="none: not timed")
+
+    def at(self, label: str) -> TargetEntry:
+        """Return the target as that of a bundle of one of its further sizes."""
+        if self.timing is None:
+            return self
+        instead = self.timing.other_sizes.get(label, {})
+        timing = self.timing.model_copy(update={"instead": instead, "other_sizes": {}})
+        return self.model_copy(update={"timing": timing})
 
 
 class LayerEntry(Frozen):
@@ -184,6 +195,14 @@ class ComponentEntry(Frozen):
     """A part that has no bit options: text encoder or VAE decoder."""
 
     onnx: BundlePath
+    then: tuple[BundlePath, ...] = Field(
+        default=(), description="graphs that run after it: a part too large for one engine is cut"
+    )
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """All of them, in the order in which they run."""
+        return (self.onnx, *self.then)
 
 
 class TokenizerEntry(Frozen):
@@ -247,11 +266,32 @@ class ModelEntry(Frozen):
 
 
 class ShapesEntry(Frozen):
-    """Static shapes of the bundle."""
+    """Static shapes of the bundle, or of one of its sizes."""
 
     batch_size: int = Field(ge=1)
     latents: tuple[int, int, int, int]
     image: tuple[int, int] = Field(description="height, width")
+
+    @property
+    def label(self) -> str:
+        """What the command line calls them: ``768x512``, or ``768x512:4`` for batches of four."""
+        return f"{self.image[1]}x{self.image[0]}" + (f":{self.batch_size}" if self.batch_size > 1 else "")
+
+
+class SizeEntry(Frozen):
+    """What differs in a further size of images or batches; fields are those of the manifest.
+
+    The ONNX files of all sizes refer to the same weight files, and the policy's table is one.
+    """
+
+    shapes: ShapesEntry
+    inputs: tuple[TensorEntry, ...]
+    conditioning: dict[str, Recipe]
+    blocks: tuple[BlockEntry, ...]
+    text_encoders: tuple[TextEncoderEntry, ...]
+    vae_decoder: ComponentEntry
+    policy: BundlePath | None = Field(description="ONNX of the policy for batches of this size")
+    sampler: SamplerTable
 
 
 class QuantizationEntry(Frozen):
@@ -284,6 +324,9 @@ class Manifest(Frozen):
     vae_decoder: ComponentEntry
     policy: PolicyEntry | None = Field(description="none: every run is at uniform bits")
     sampler: SamplerTable
+    other_sizes: tuple[SizeEntry, ...] = Field(
+        default=(), description="further sizes of images and batches; all else describes the first"
+    )
     targets: dict[str, TargetEntry] = Field(description="by name; none: the bundle has to be compiled")
     versions: dict[str, str]
     files: dict[BundlePath, FileEntry]
@@ -318,9 +361,26 @@ class Manifest(Frozen):
     @property
     def containers(self) -> dict[str, Container]:
         """The ONNX files that a target compiles, and the container of each."""
-        variants = [v for block in self.blocks for v in block.variants.values()]
-        parts = [*self.text_encoders, self.vae_decoder, *([self.policy] if self.policy else [])]
-        return {v.onnx: v.container for v in variants} | {p.onnx: Container.FLOAT for p in parts}
+        found: dict[str, Container] = {}
+        for size in self.sizes:
+            variants = [v for block in size.blocks for v in block.variants.values()]
+            parts = [*size.text_encoders, size.vae_decoder, *([size.policy] if size.policy else [])]
+            found |= {v.onnx: v.container for v in variants}
+            found |= {graph: Container.FLOAT for part in parts for graph in part.graphs}
+        return found
+
+    @property
+    def sizes(self) -> tuple[Manifest, ...]:
+        """For each size the manifest that a bundle of that size alone would have; files are those of all."""
+        first = self.model_copy(update={"other_sizes": ()})
+        return (first, *(first._at(entry) for entry in self.other_sizes))
+
+    def _at(self, entry: SizeEntry) -> Manifest:
+        update = {name: getattr(entry, name) for name in SizeEntry.model_fields}
+        if self.policy is not None and entry.policy is not None:
+            update["policy"] = self.policy.model_copy(update={"onnx": entry.policy})
+        update["targets"] = {name: target.at(entry.shapes.label) for name, target in self.targets.items()}
+        return self.model_copy(update=update)
 
     @property
     def uniform(self) -> tuple[int, ...]:
@@ -394,6 +454,56 @@ class Bundle:
             raise QlipError(
                 f"{path} is not a valid manifest", found=_first_line(error), fix="build the bundle again"
             ) from error
+
+    def at(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        images: int | None = None,
+    ) -> Bundle:
+        """Return the bundle as one of a single size: the first that has these numbers.
+
+        Where images of that size come in several batch sizes and it is known how many are wanted, the one
+        that draws them with the least padding, then in the fewest batches.
+
+        Args:
+            height: Of images, pixels.
+            width: The same.
+            batch_size: Images per batch.
+            images: How many are wanted; none: not known.
+
+        Raises:
+            QlipError: The bundle has no such size.
+        """
+        sizes = self.manifest.sizes
+        asked = (height, width, batch_size)
+        fitting = [
+            size
+            for size in sizes
+            if all(
+                a in (None, b)
+                for a, b in zip(asked, (*size.shapes.image, size.shapes.batch_size), strict=True)
+            )
+        ]
+        if not fitting:
+            names = ("--height", "--width", "--batch-size")
+            wanted = " ".join(f"{n} {v}" for n, v in zip(names, asked, strict=True) if v is not None)
+            raise QlipError(
+                f"{self.root} holds no engines of that size",
+                expected=", ".join(size.shapes.label for size in sizes) + " (WIDTHxHEIGHT, :batch size)",
+                found=wanted,
+                fix="build it with one more --size",
+            )
+
+        def cost(size: Manifest) -> tuple[int, int]:
+            batches = -(-(images or 0) // size.shapes.batch_size)
+            return batches * size.shapes.batch_size, batches
+
+        return Bundle(
+            self.root, min((s for s in fitting if s.shapes.image == fitting[0].shapes.image), key=cost)
+        )
 
     def file(self, path: str) -> Path:
         """Return the absolute path of a file of the bundle, after checking its size and SHA-256.

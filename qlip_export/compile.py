@@ -191,7 +191,7 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
 
 def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:
     """Return roughly what the engine of an ONNX file takes."""
-    for block in manifest.blocks:
+    for block in (block for size in manifest.sizes for block in size.blocks):
         for name, variant in block.variants.items():
             if variant.onnx == onnx:
                 bits = iter(block.layer_bits(name))
@@ -199,5 +199,9 @@ def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:
                 layers = [(e, container_of(next(bits)) if e.quantized else wide) for e in block.layers]
                 size = can.engine_bytes(layers, manifest.quantization.weight_bits)
                 return manifest.files[onnx].size + size
-    weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
-    return can.overhead + manifest.files[onnx].size + (weights_file.size if weights_file else 0)
+    part = Path(onnx).name.partition(".")[0]  # further sizes stand behind the name
+    weights_file = manifest.files.get(f"onnx/{part}.weights.bin")
+    weights = weights_file.size if weights_file else 0
+    encoders = (encoder for view in manifest.sizes for encoder in view.text_encoders)
+    parts = next((len(encoder.graphs) for encoder in encoders if onnx in encoder.graphs), 1)
+    return can.overhead + manifest.files[onnx].size + weights // parts

@@ -38,6 +38,10 @@ def print_bundle(bundle: Bundle) -> None:
         f"{manifest.model.name} ({manifest.model.family}), {width}x{height}, "
         f"batch {shapes.batch_size}, {len(sampler.steps)} steps of {sampler.scheduler}"
     )
+    if manifest.other_sizes:
+        console.print(
+            f"further sizes: {', '.join(s.shapes.label for s in manifest.other_sizes)}; tables: the first"
+        )
     if manifest.model.random_weights is not None:
         console.print(f"random weights of seed {manifest.model.random_weights}: images are noise")
     console.print(
@@ -255,6 +259,8 @@ def _colour(bits: float, options: Sequence[int]) -> str:
 def print_validation(report: ValidationReport) -> None:
     """Print every comparison of a validation, and the verdict, on stdout."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    if report.other_sizes:
+        console.print(f"at {report.size}:")
     table = Table("block", "bits", "error", "tolerance", "cosine", "")
     for row in report.rows:
         table.add_row(
@@ -286,11 +292,12 @@ def print_validation(report: ValidationReport) -> None:
     off += ["the policy"] if policy is not None and not policy.passed else []
     off += [f"the image at {_image_bits(image)}" for image in report.images if not image.passed]
     images = "" if report.images else "; images were not compared"
-    console.print(
-        f"all {report.target} engines agree{images}" if report.passed else f"off: {', '.join(off)}{images}"
-    )
+    console.print(f"off: {', '.join(off)}{images}" if off else f"all {report.target} engines agree{images}")
     for command in report.commands:
         console.print(command, soft_wrap=True)
+    for other in report.other_sizes:
+        console.print(f"\nat {other.size}:")
+        print_validation(other)
 
 
 def _variant_bits(row: BlockRow) -> str:

@@ -51,7 +51,7 @@ from qlip_export.spec import (
     mixed_name,
     variant_name,
 )
-from qlip_export.text_encoders import capture_text_encoder, capture_tokenizer
+from qlip_export.text_encoders import capture_text_encoder, capture_tokenizer, part_of, parts_of
 from qlip_export.variants.choose import Choice
 from qlip_export.variants.fuse import fused_name
 from qlip_export.workspace import Workspace
@@ -104,17 +104,18 @@ class Exporter:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        shapes: Shapes,
+        sizes: Sequence[Shapes],
         options: ExportOptions,
         workspace: Workspace,
         progress: Progress,
     ) -> None:
-        """Nothing happens before the methods are called."""
+        """Nothing happens before the methods are called. ``sizes`` are all of the bundle."""
         self._checkpoint = checkpoint
-        self._shapes = shapes
+        self._sizes = sizes
         self._options = options
         self._workspace = workspace
         self._progress = progress
+        self._written: dict[str, _Weights] = {}
         self.family = denoiser_family(checkpoint)
         self.choice: Choice | None = None
         self.pipeline = pipeline_of(self.family.name)
@@ -129,8 +130,8 @@ class Exporter:
         sources += [*sorted((package / "quant").glob("*.py")), *sorted((package / "families").glob("*.py"))]
         return content_key([sha256_of(p) for p in sources])
 
-    def run(self, ranges: Ranges | None) -> Exported:
-        """Capture, quantize and write everything.
+    def run(self, ranges: Ranges | None) -> tuple[Exported, ...]:
+        """Capture, quantize and write everything; return what was exported for each size.
 
         Args:
             ranges: Activation ranges; needed where a bit option is carried by INT8.
@@ -138,12 +139,22 @@ class Exporter:
         Raises:
             QlipError: The architecture is unknown, weights are missing or not finite, a range is missing.
         """
+        return tuple(self._run(shapes, ranges) for shapes in self._sizes)
+
+    def _run(self, shapes: Shapes, ranges: Ranges | None) -> Exported:
+        """Export one size. Those after the first refer to the weights that the first wrote."""
         self._progress.stage("capture", 2 + len(self.pipeline.text_encoders))
+        tag = self.tag(shapes)
         denoiser = self._capture(
-            "denoiser", self._checkpoint.component(self.family.denoiser_folder), capture_denoiser
+            "denoiser",
+            tag,
+            shapes,
+            self._checkpoint.component(self.family.denoiser_folder),
+            capture_denoiser,
         )
-        texts = {e: self._capture_text_encoder(e) for e in self.pipeline.text_encoders}
-        vae = self._capture("vae_decoder", self._checkpoint.component("vae"), capture_vae_decoder)
+        texts = {e: self._capture_text_encoder(e, shapes) for e in self.pipeline.text_encoders}
+        part = self._checkpoint.component("vae")
+        vae = self._capture("vae_decoder", tag, shapes, part, capture_vae_decoder)
         weights = self._weights("denoiser", denoiser, self.family.input_names, self._options.weight_bits)
         blocks = self._blocks(denoiser, weights, ranges)
         return Exported(
@@ -151,7 +162,7 @@ class Exporter:
                 _tensor_entry(v) for v in denoiser.model.graph.inputs if v.name in self.family.input_names
             ),
             blocks=blocks,
-            text_encoders=tuple(self._text_encoder(*item) for item in texts.items()),
+            text_encoders=tuple(self._text_encoder(*item, shapes) for item in texts.items()),
             vae_decoder=self._component("vae_decoder", vae, ("latents",)),
             policy=None,
             parameters=sum(
@@ -161,12 +172,28 @@ class Exporter:
             ),
         )
 
-    def _capture_text_encoder(self, encoder: TextEncoder) -> _Captured:
-        component = self._checkpoint.component(encoder.name)
-        return self._capture(encoder.name, component, partial(capture_text_encoder, encoder=encoder))
+    def tag(self, shapes: Shapes, *, text: bool = False) -> str:
+        """Return what stands in the names of a size's files: nothing in those of the first.
 
-    def _text_encoder(self, encoder: TextEncoder, captured: _Captured) -> TextEncoderEntry:
-        tokenizer = capture_tokenizer(self._checkpoint, self._shapes, encoder)
+        ``text`` tells graphs that depend on the batch size alone.
+        """
+        first = self._sizes[0]
+        same_image = text or shapes.size == first.size
+        image = "" if same_image else f".{shapes.image_width}x{shapes.image_height}"
+        return image + ("" if shapes.batch_size == first.batch_size else f".batch{shapes.batch_size}")
+
+    def _capture_text_encoder(self, encoder: TextEncoder, shapes: Shapes) -> _Captured:
+        return self._capture(
+            encoder.name,
+            self.tag(shapes, text=True),
+            # Of all sizes with this batch the first: the graph knows no images.
+            next(s for s in self._sizes if s.batch_size == shapes.batch_size),
+            self._checkpoint.component(encoder.name),
+            partial(capture_text_encoder, encoder=encoder),
+        )
+
+    def _text_encoder(self, encoder: TextEncoder, captured: _Captured, shapes: Shapes) -> TextEncoderEntry:
+        tokenizer = capture_tokenizer(self._checkpoint, shapes, encoder)
 
         def write(path: Path) -> JsonValue:
             path.write_text(tokenizer.json, encoding="utf-8")
@@ -175,19 +202,19 @@ class Exporter:
         path = f"{encoder.tokenizer}.json"
         self._workspace.product(path, content_key("tokenizer", tokenizer.json), write)
         return TextEncoderEntry(
-            onnx=self._component(encoder.name, captured, ("input_ids",)).onnx,
+            **dict(self._component(encoder.name, captured, ("input_ids",), cut=True)),
             name=encoder.name,
             tokenizer=TokenizerEntry(path=path, max_length=tokenizer.max_length, pad_id=tokenizer.pad_id),
         )
 
-    def _capture(self, name: str, component: Component, capture: Any) -> _Captured:
+    def _capture(self, name: str, tag: str, shapes: Shapes, component: Component, capture: Any) -> _Captured:
         import onnx_ir as ir
 
         self._progress.item(name)
         versions = [
             metadata.version(package) for package in ("torch", "diffusers", "transformers", "onnxscript")
         ]
-        key = content_key("capture", self._code, versions, OPSET, component.config, self._shapes)
+        key = content_key("capture", self._code, versions, OPSET, component.config, shapes)
         self._workspace.product(
             f"capture/{name}.config.json",
             content_key(component.config),
@@ -195,12 +222,15 @@ class Exporter:
         )
 
         def make(path: Path) -> None:
-            ir.save(capture(self._checkpoint, self._shapes), path)
+            ir.save(capture(self._checkpoint, shapes), path)
 
-        path, _ = self._workspace.product(f"capture/{name}.onnx", key, make)
-        return _Captured(ir.load(path), component, content_key(key, component.fingerprint))
+        path, _ = self._workspace.product(f"capture/{name}{tag}.onnx", key, make)
+        return _Captured(ir.load(path), component, content_key(key, component.fingerprint), tag)
 
     def _weights(self, name: str, captured: _Captured, inputs: tuple[str, ...], bits: WeightBits) -> _Weights:
+        """Write the weights of a graph, unless an earlier size wrote them: its layers have the same."""
+        if name in self._written:
+            return self._written[name]
         graph = captured.model.graph
         layers = find_layers(graph)
         parameters = [str(v.name) for v in graph.inputs if v.name not in inputs]
@@ -224,7 +254,9 @@ class Exporter:
             return facts
 
         path, facts = self._workspace.product(f"onnx/{name}.weights.bin", key, make)
-        return _Weights(WeightIndex.model_validate(facts), path.name, path.parent, key)
+        written = _Weights(WeightIndex.model_validate(facts), path.name, path.parent, key)
+        self._written[name] = written
+        return written
 
     def _blocks(
         self, captured: _Captured, weights: _Weights, ranges: Ranges | None
@@ -233,7 +265,9 @@ class Exporter:
         parts: dict[str, tuple[str, ...]] = {}
         if self._options.choose is not None:
             layers = {block.name: self._layers(block) for block in blocks}
-            choice = self.choice = self._options.choose(layers, self.family.float32_blocks)
+            # A policy knows no sizes: what is chosen for the first holds for all.
+            choice = self.choice or self._options.choose(layers, self.family.float32_blocks)
+            self.choice = choice
             fused = {name: fused_name(run) for run in choice.runs for name in run}
             if len(choice.runs) < len(blocks):
                 blocks = self._split(captured, fused)
@@ -245,8 +279,9 @@ class Exporter:
         entries = []
         for block, wanted in zip(blocks, patterns, strict=True):
             inside = self._layers(block)
-            reference = self._variant(block, inside, REFERENCE_BITS, {}, weights, ranges)
-            variants = [self._variant(block, inside, bits, of, weights, ranges) for bits, of in wanted]
+            made = (captured, block, inside)
+            reference = self._variant(*made, REFERENCE_BITS, {}, weights, ranges)
+            variants = [self._variant(*made, bits, of, weights, ranges) for bits, of in wanted]
             entries.append(
                 BlockEntry(
                     name=block.name,
@@ -294,6 +329,7 @@ class Exporter:
 
     def _variant(
         self,
+        captured: _Captured,
         block: Block,
         layers: tuple[LayerEntry, ...],
         bits: int,
@@ -317,7 +353,7 @@ class Exporter:
         name = variant_name(stored) if mixed is None else mixed_name(mixed)
         self._progress.item(f"{block.name} {name}")
         ports = (block.inputs, block.outputs)  # they are named after blocks, which may be fused
-        made_from = ("variant", weights.key, self._options.granularity, block.name, ports)
+        made_from = ("variant", weights.key, captured.key, self._options.granularity, block.name, ports)
         key = content_key(*made_from, stored if mixed is None else mixed, thresholds)
 
         def make(path: Path) -> None:
@@ -327,20 +363,33 @@ class Exporter:
             bind_weights(model, block.inputs, weights.index, weights.location, weights.folder)
             _save(model, path)
 
-        path = f"onnx/{block.name}.{name}.onnx"
+        path = f"onnx/{block.name}.{name}{captured.tag}.onnx"
         self._workspace.product(path, key, make)
         return VariantEntry(bits=bits, layers=mixed, container=container, onnx=path)
 
-    def _component(self, name: str, captured: _Captured, inputs: tuple[str, ...]) -> ComponentEntry:
+    def _component(
+        self, name: str, captured: _Captured, inputs: tuple[str, ...], *, cut: bool = False
+    ) -> ComponentEntry:
+        """Export a part without bit options; a text encoder, ``cut``, as several graphs if it is large."""
         weights = self._weights(name, captured, inputs, 32)
+        graph = captured.model.graph
+        sizes = {str(v.name): prod(static_shape(v)) for v in graph.inputs if v.name not in inputs}
+        parts = parts_of(sizes) if cut else []
+        whole = Block("", captured.model, inputs, ())
+        pieces = split(captured.model, inputs, lambda scope: part_of(scope, parts)) if parts else [whole]
+        paths = []
+        for piece in pieces:
 
-        def make(path: Path) -> None:
-            model = captured.model.clone()
-            bind_weights(model, inputs, weights.index, weights.location, weights.folder)
-            _save(model, path)
+            def make(path: Path, piece: Block = piece) -> None:
+                model = piece.model.clone()
+                bind_weights(model, piece.inputs, weights.index, weights.location, weights.folder)
+                _save(model, path)
 
-        self._workspace.product(f"onnx/{name}.onnx", weights.key, make)
-        return ComponentEntry(onnx=f"onnx/{name}.onnx")
+            path = f"onnx/{'.'.join(filter(None, (name, piece.name)))}{captured.tag}.onnx"
+            key = content_key(weights.key, captured.key, piece.name, piece.inputs, piece.outputs)
+            self._workspace.product(path, key, make)
+            paths.append(path)
+        return ComponentEntry(onnx=paths[0], then=tuple(paths[1:]))
 
 
 @dataclass(frozen=True)
@@ -348,6 +397,7 @@ class _Captured:
     model: ir.Model
     component: Component
     key: str
+    tag: str
 
 
 @dataclass(frozen=True)

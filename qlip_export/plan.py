@@ -6,6 +6,7 @@ file is exact too, but for alignment. Memory and seconds are estimates: see the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -17,7 +18,8 @@ from qlip_export.checkpoint import Checkpoint
 from qlip_export.families import Family
 from qlip_export.memory import weight_bytes
 from qlip_export.random_weights import module_of
-from qlip_export.spec import Container, Frozen, Granularity, Unit, WeightBits, container_of
+from qlip_export.spec import Container, Frozen, Granularity, ImageSize, Unit, WeightBits, container_of
+from qlip_export.text_encoders import PART_WEIGHTS, parts_of
 from qlip_export.zoo import ZooModel
 
 # Fitted to a build of BK-SDM-Tiny and to exports of FLUX with few blocks: `python -m benchmarks.memory`.
@@ -56,6 +58,16 @@ class BlockPlan(Frozen):
     )
 
 
+class SizePlan(Frozen):
+    """What differs in a further size of images and batches."""
+
+    height: int
+    width: int
+    batch_size: int
+    macs_per_step: int = Field(description="of Conv2d and Linear, one image, no guidance")
+    run_memory_bytes: dict[int, int] = Field(description="estimate by bits")
+
+
 class Plan(Frozen):
     """What `qlip-export plan` tells."""
 
@@ -75,7 +87,10 @@ class Plan(Frozen):
     blocks: tuple[BlockPlan, ...]
     precision: Unit
     engines: int = Field(
-        description="of the denoiser, of text encoders and VAE decoder; by layer at most so many"
+        description="of denoiser, text encoders and VAE decoder, in all sizes; by layer at most so many"
+    )
+    component_engines: dict[str, int] = Field(
+        description="of each text encoder and the VAE decoder; large text encoders are cut between layers"
     )
     component_parameters: dict[str, int] = Field(description="of text encoders and VAE decoder")
     denoiser_bytes: dict[int, int] = Field(description="by weight bits: all parameters at that many bits")
@@ -91,6 +106,33 @@ class Plan(Frozen):
     )
     export_seconds: int = Field(description="estimate for one core of a server")
     build_seconds: int = Field(description="the same, with OpenVINO's compilation")
+    other_sizes: tuple[SizePlan, ...] = Field(
+        default=(), description="further sizes, which share the weight file; blocks are those of the first"
+    )
+
+
+def plan_sizes(model: ZooModel, checkpoint: Checkpoint, sizes: Sequence[ImageSize], **options: Any) -> Plan:
+    """Return the plan of a build with several sizes of images and batches; ``options`` as `plan` takes them.
+
+    Raises:
+        QlipError: As `plan`.
+    """
+    first, *others = (plan(model, checkpoint, **options, **dict(size)) for size in sizes)
+    texts = sum(count for name, count in first.component_engines.items() if name != "vae")
+    batches = {size.batch_size for size in (first, *others)}  # text encoders know no images
+    engines = (first.engines - texts) * len(sizes) + texts * len(batches)
+    capture, compiling = CAPTURE_SECONDS * first.layers, first.build_seconds - first.export_seconds
+    exporting = int(first.export_seconds + capture * len(others))
+    return first.model_copy(
+        update={
+            "engines": engines,
+            "export_seconds": exporting,
+            "build_seconds": exporting + compiling * len(sizes),
+            "other_sizes": tuple(
+                SizePlan(**{name: getattr(other, name) for name in SizePlan.model_fields}) for other in others
+            ),
+        }
+    )
 
 
 def plan(
@@ -120,13 +162,14 @@ def plan(
         for name in checkpoint
         if name.startswith("text_encoder") or name == "vae"
     }
-    components = {name: sum(found) for name, found in sizes.items()}
+    components = {name: sum(found.values()) for name, found in sizes.items()}
+    parts = {name: _parts(name, found) for name, found in sizes.items()}
     parameters = sum(b.parameters for b in seen.blocks)
     engine_bytes = {b: _engine_bytes(seen, family, b, 32) for b in bits}
     weights = sum(components.values()) * Container.FLOAT.nbytes
-    largest = max(*seen.weights.values(), *(n for found in sizes.values() for n in found))
+    largest = max(*seen.weights.values(), *(n for found in sizes.values() for n in found.values()))
     exporting = int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + EXPORT_WEIGHT * largest)
-    largest_engine = max(*(b.parameters for b in seen.blocks), *components.values())
+    largest_engine = max(*(b.parameters for b in seen.blocks), *(n for of in parts.values() for n in of))
     compiling = int(EXPORT_BASE + EXPORT_LAYER * len(seen.weights) + COMPILE_WEIGHT * largest_engine)
     everything = parameters + sum(components.values())
     seconds = CAPTURE_SECONDS * len(seen.weights) + everything / WEIGHTS_PER_SECOND
@@ -148,7 +191,8 @@ def plan(
         blocks=seen.blocks,
         precision=precision,
         engines=sum(_variants(b, family, precision, seen, granularity, len(bits)) for b in seen.blocks)
-        + len(components),
+        + sum(map(len, parts.values())),
+        component_engines={name: len(of) for name, of in parts.items()},
         component_parameters=components,
         denoiser_bytes={b: weight_bytes(parameters, b) for b in (4, 8, 16, 32)},
         weight_file_bytes=_weight_file_bytes(seen, parameters, weight_bits),
@@ -238,11 +282,17 @@ def _variants(
     return GROUPS * (1 + sum(map(family.quantizes, own)) * (options - 1))
 
 
-def _sizes_of(checkpoint: Checkpoint, name: str) -> list[int]:
-    """Return the sizes of a component's parameters, of those that are built."""
+def _parts(name: str, sizes: Mapping[str, int]) -> list[int]:
+    """Return about how many parameters each engine of a component holds."""
+    parts = max(1, len(parts_of(sizes))) if name.startswith("text_encoder") else 1
+    return [min(PART_WEIGHTS, sum(sizes.values()))] * parts if parts > 1 else [sum(sizes.values())]
+
+
+def _sizes_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:
+    """Return the sizes of a component's parameters, of those that are built, by name."""
     library, class_name = checkpoint.library_of(name), checkpoint.class_of(name)
     module = module_of(library, class_name, checkpoint.component(name).config, meta=True)
-    return [p.numel() for n, p in module.named_parameters() if not n.startswith(_NOT_BUILT)]
+    return {n: p.numel() for n, p in module.named_parameters() if not n.startswith(_NOT_BUILT)}
 
 
 def _weight_file_bytes(seen: _Seen, parameters: int, bits: WeightBits) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -71,6 +72,53 @@ def container_of(bits: int) -> Container:
     raise QlipError(
         f"no hardware format holds {bits}-bit activations", expected="2 to 16, or 32", found=str(bits)
     )
+
+
+MOST_IMAGES = 64
+"""Of a batch."""
+
+
+class ImageSize(Frozen):
+    """Size of images, pixels, and how many are drawn at a time; none: the model's own, the build's."""
+
+    width: int | None = None
+    height: int | None = None
+    batch_size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ImageSize:
+        """Read ``WIDTHxHEIGHT[:BATCH]``.
+
+        Raises:
+            QlipError: It is something else.
+        """
+        found = re.fullmatch(r"(\d+)x(\d+)(?::(\d+))?", text)
+        if found is None or not 1 <= (batch := int(found[3] or 1)) <= MOST_IMAGES:
+            raise QlipError(
+                "--size is not known",
+                expected=f"WIDTHxHEIGHT[:BATCH], e.g. 768x512 or 512x512:4, batches of at most {MOST_IMAGES}",
+                found=text,
+            )
+        return cls(width=int(found[1]), height=int(found[2]), batch_size=batch if found[3] else None)
+
+
+def image_sizes(
+    sizes: Sequence[str], height: int | None, width: int | None, batch_size: int
+) -> tuple[ImageSize, ...]:
+    """Return what ``--size``, repeated, or ``--height`` and ``--width`` ask for, each with its batch size.
+
+    Raises:
+        QlipError: Both are given, a size is no size, or one is given twice.
+    """
+    if sizes and (height is not None or width is not None):
+        raise QlipError(
+            "the size of images is said twice", expected="--size, or --height and --width", found="both"
+        )
+    found = tuple(map(ImageSize.parse, sizes)) or (ImageSize(height=height, width=width),)
+    found = tuple(s.model_copy(update={"batch_size": s.batch_size or batch_size}) for s in found)
+    if len(set(found)) < len(found):
+        raise QlipError("a size is given twice", found=", ".join(sizes))
+    return found
 
 
 def variant_name(bits: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,44 @@ class _Class:
     encode: Callable[[Any, Tensor, str], dict[str, Tensor]]
     config: str
     attention: str
+
+
+PART_WEIGHTS = 600_000_000
+"""Numbers that an engine of a text encoder holds at most: compilers take several times their bytes."""
+
+_LAYER = re.compile(r"(?:^|\.)(?:block|layers)\.(\d+)(?:\.|$)")
+"""The number of a layer of CLIP or T5 in the path of a module or parameter."""
+
+
+def parts_of(sizes: Mapping[str, int]) -> list[range]:
+    """Return the layers of each engine that a text encoder becomes; none where one engine holds it.
+
+    Args:
+        sizes: Numbers in each parameter, by name. What belongs to no layer counts for the first.
+    """
+    if sum(sizes.values()) <= PART_WEIGHTS:
+        return []
+    held: dict[int, int] = {}
+    for name, size in sizes.items():
+        found = _LAYER.search(name)
+        layer = int(found[1]) if found else 0
+        held[layer] = held.get(layer, 0) + size
+    starts, room = [0], PART_WEIGHTS
+    for layer in range(max(held) + 1):
+        size = held.get(layer, 0)
+        if size > room and layer > starts[-1]:
+            starts.append(layer)
+            room = PART_WEIGHTS
+        room -= size
+    return [range(a, b) for a, b in zip(starts, (*starts[1:], max(held) + 1), strict=True)]
+
+
+def part_of(scope: str, parts: list[range]) -> str | None:
+    """Return the name of the engine that computes a module, or ``None`` for modules in no layer."""
+    found = _LAYER.search(scope)
+    if found is None:
+        return None
+    return next(f"part{i}" for i, layers in enumerate(parts) if int(found[1]) in layers)
 
 
 _CLASSES = {
@@ -129,10 +168,7 @@ def capture_tokenizer(checkpoint: Checkpoint, shapes: Shapes, encoder: TextEncod
         QlipError: A class that transformers does not have.
     """
     transformers = importlib.import_module("transformers")
-    folder = checkpoint.folder_of(encoder.tokenizer)
-    # Where random weights stand in for a model, CLIP's tokenizer may stand in for its own.
-    own = folder == checkpoint.folder / encoder.tokenizer
-    name = checkpoint.class_of(encoder.tokenizer) if own else "CLIPTokenizer"
+    folder, name = checkpoint.folder_of(encoder.tokenizer), checkpoint.class_of(encoder.tokenizer)
     if not hasattr(transformers, name):
         raise QlipError(f"transformers has no tokenizer {name!r}", expected="e.g. CLIPTokenizer", found=name)
     tokenizer = getattr(transformers, name).from_pretrained(folder, local_files_only=True)

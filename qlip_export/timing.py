@@ -52,12 +52,24 @@ def time_target(
             progress.note(f"not timed: {error.problem}")
             return None
         known = target.entry.timing
-        milliseconds = known.milliseconds if known is not None else None
-        repeats = known.repeats if known is not None else 0
-        if milliseconds is None:
-            milliseconds, repeats = _measure(bundle, Chain(bundle, target), progress)
-        instead = {} if keep_dominated else dominated(bundle.manifest.blocks, milliseconds)
-        timing = TimingEntry(milliseconds=milliseconds, repeats=repeats, instead=instead)
+        if known is not None:
+            milliseconds, repeats = known.milliseconds, known.repeats
+        else:
+            milliseconds, repeats = {}, MOST
+            for size in bundle.manifest.sizes:
+                one = Bundle(root, size)
+                found, times = _measure(one, Chain(one, target), progress)
+                milliseconds, repeats = milliseconds | found, min(repeats, times)
+        instead = {
+            size.shapes.label: {} if keep_dominated else dominated(size.blocks, milliseconds)
+            for size in bundle.manifest.sizes
+        }
+        timing = TimingEntry(
+            milliseconds=milliseconds,
+            repeats=repeats,
+            instead=instead.pop(bundle.manifest.shapes.label),
+            other_sizes=instead,
+        )
         if timing != known:
             entry: TargetEntry = target.entry.model_copy(update={"timing": timing})
             workspace.replace_target(bundle.manifest, target.name, entry)

@@ -25,6 +25,7 @@ from qlip_export.parity import save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Pattern
+from qlip_export.runtime.targets import choose_target
 from qlip_export.runtime.tokenizer import PromptTokenizer
 from qlip_export.spec import Container, Frozen, container_of
 from qlip_export.zoo import model_of
@@ -99,6 +100,7 @@ class ValidationReport(Frozen):
     """What was compared, and how it came out."""
 
     bundle: str
+    size: str = Field(description="WIDTHxHEIGHT[:BATCH]")
     target: str = Field(description="whose engines were compared")
     prompt: str
     seed: int
@@ -108,7 +110,10 @@ class ValidationReport(Frozen):
     images: tuple[ImageRow, ...]
     commands: tuple[str, ...] = Field(description="polygraphy on the saved cases; none if nothing was saved")
     notes: tuple[str, ...]
-    passed: bool
+    other_sizes: tuple[ValidationReport, ...] = Field(
+        default=(), description="the bundle's further sizes, each by itself"
+    )
+    passed: bool = Field(description="in all sizes")
 
 
 def validate(
@@ -121,7 +126,7 @@ def validate(
     save: Path | None = None,
     backend: str = "auto",
 ) -> ValidationReport:
-    """Validate a bundle.
+    """Validate a bundle, in each of its sizes.
 
     Args:
         path: The bundle.
@@ -138,12 +143,31 @@ def validate(
     """
     if find_spec("onnxruntime") is None:
         raise QlipError("validation needs ONNX Runtime", fix='pip install "qlip-export[validate]"')
-    pipeline = TextToImage.load(path, backend=backend)
-    bundle = pipeline.bundle
+    bundle = Bundle.open(path)
+    choose_target(bundle, backend)  # refused before gigabytes are hashed
     progress.stage("check", len(bundle.manifest.files))
     for name in bundle.manifest.files:
         progress.item(name)
         bundle.file(name)
+    first, *others = (
+        _validate(Bundle(bundle.root, size), prompt, seed, model, progress, save, backend)
+        for size in bundle.manifest.sizes
+    )
+    passed = all(report.passed for report in (first, *others))
+    return first.model_copy(update={"other_sizes": tuple(others), "passed": passed})
+
+
+def _validate(
+    bundle: Bundle,
+    prompt: str,
+    seed: int,
+    model: str | None,
+    progress: Progress,
+    save: Path | None,
+    backend: str,
+) -> ValidationReport:
+    """Validate a bundle of one size."""
+    pipeline = TextToImage(bundle, choose_target(bundle, backend))
     sampler_steps = len(bundle.manifest.sampler.steps)
     steps = tuple(sorted({0, sampler_steps // 2, sampler_steps - 1}))
     progress.stage("record", sampler_steps)
@@ -156,6 +180,7 @@ def validate(
         notes.append(NOTE_INT8)
     return ValidationReport(
         bundle=str(bundle.root),
+        size=bundle.manifest.shapes.label,
         target=pipeline.target.name,
         prompt=prompt,
         seed=seed,
@@ -221,7 +246,7 @@ def _compare_blocks(
             entry = bundle.engine(pipeline.target.entry, variant.onnx)
             rows.append(_judge(pipeline, block, name, entry, inputs, expected, exact))
             if save is not None:
-                case = f"{block.name}.{name}"
+                case = Path(variant.onnx).stem
                 feeds = [graph.feeds(arrays) for arrays in inputs]
                 outputs = [graph.as_outputs(arrays) for arrays in expected]
                 onnx = bundle.file(variant.onnx)
@@ -320,7 +345,9 @@ def _compare_policy(pipeline: TextToImage, prompt: str, seed: int) -> PolicyRow 
     size = bundle.manifest.shapes.batch_size
     encoder = bundle.manifest.text_encoder(bundle.manifest.quality_encoder)
     ids = PromptTokenizer(bundle, encoder.tokenizer)([prompt] * bundle.manifest.guidance.rows * size).ids
-    encoded = _Graph(bundle, encoder.onnx)({"input_ids": ids})
+    encoded: Arrays = {"input_ids": ids}
+    for part in encoder.graphs:
+        encoded |= _Graph(bundle, part)(encoded)
     graph = _Graph(bundle, policy.onnx)({"pooled": encoded["pooled"][:size]})
     expected = float(graph["quality"][0])
     decided = [[choice.at(expected) for choice in row] for row in policy.table.choices]

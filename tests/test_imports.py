@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy.select": {"spec", "files", "bundle", "workspace"},
     "calibrate": {"*", "-build", "-cli", "-runtime", "-validate"},
     "calibrate.latency": {"spec", "files", "lazy:runtime"},
-    "plan": {"spec", "checkpoint", "families", "capture", "memory", "random_weights", "zoo"},
+    "plan": {"spec", "checkpoint", "families", "capture", "memory", "random_weights", "text_encoders", "zoo"},
     "random_weights": {"files", "checkpoint", "quant"},
     "lora": {"files", "checkpoint"},
     "torch_pipeline": {"checkpoint", "families", "pipelines", "sampler_probe", "random_weights"},

@@ -20,6 +20,7 @@ from qlip_export.progress import Silent
 from qlip_export.reference import psnr, reference_image, reference_pipeline
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.tokenizer import PromptTokenizer
+from qlip_export.text_encoders import part_of, parts_of
 from qlip_export.validate import validate
 from tests.conftest import STEPS, Cli, Shared, build_tiny
 from tests.tiny_pipelines import FLOW_MATCH, SIZE, write_flux, write_sdxl
@@ -167,6 +168,41 @@ def test_prompts_in_a_half_full_batch_and_another_image_size(built: Built, share
         expected = reference_image(pipeline, prompt, noise[i : i + 1], steps=STEPS, guidance=guidance)
         assert psnr(images[i], expected) >= 45
     assert psnr(images[0], images[1]) < 45
+
+
+@pytest.mark.parametrize("built", ["flux"], indirect=True)
+def test_large_text_encoders_become_several_engines(
+    built: Built, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut between their layers they give the image that one engine each gives, in any memory budget."""
+    monkeypatch.setattr("qlip_export.text_encoders.PART_WEIGHTS", 16_000)
+
+    def make(out: Path) -> None:
+        shutil.copytree(built.bundle, out)
+        folder = shared(f"ranges-{built.family}", lambda folder: measure(built.model, folder))
+        build_tiny(built.model, out, calibration=folder, height=SIZE, width=SIZE)
+
+    opened = Bundle.open(shared("flux-in-parts", make))
+    assert [len(encoder.graphs) for encoder in opened.manifest.text_encoders] == [2, 2]
+    weights = [path for path in opened.manifest.files if path.endswith(".bin")]
+    assert weights == [path for path in Bundle.open(built.bundle).manifest.files if path.endswith(".bin")]
+    whole = built.runtime(PROMPT, seed=1, bits=32).images[0]
+    run = TextToImage.load(opened.root)
+    assert psnr(run(PROMPT, seed=1, bits=32).images[0], whole) >= 60
+    again = run(PROMPT, seed=1, bits=32, memory_budget="2GB")
+    assert psnr(again.images[0], whole) >= 60
+    # Each engine of an encoder comes by itself: not even all of them have to be loaded at once.
+    assert again.records[0]["memory"]["smallest"] < again.records[0]["memory"]["all_resident"]
+
+
+def test_text_encoders_are_cut_between_layers() -> None:
+    layers = {f"encoder.block.{i}.layer.0.q.weight": 200_000_000 for i in range(7)}
+    sizes = {"shared.weight": 130_000_000, **layers, "encoder.final_layer_norm.weight": 4096}
+    parts = parts_of(sizes)
+    assert parts == [range(2), range(2, 5), range(5, 7)]
+    assert [part_of(f"encoder.block.{i}.layer.1", parts) for i in (0, 2, 6)] == ["part0", "part1", "part2"]
+    assert part_of("encoder.final_layer_norm", parts) is None
+    assert parts_of({"text_model.encoder.layers.0.fc1.weight": 600_000_000}) == []
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "pndm"])

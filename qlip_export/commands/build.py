@@ -16,6 +16,7 @@ from qlip_export.commands.options import (
     JsonOption,
     RevisionOption,
     SchedulerOption,
+    SizesOption,
     StepsOption,
     WidthOption,
     numbers,
@@ -89,6 +90,7 @@ def build(
     batch_size: BatchSizeOption = 1,
     height: HeightOption = None,
     width: WidthOption = None,
+    size: SizesOption = None,
     steps: StepsOption = 25,
     scheduler: SchedulerOption = None,
     calibration: CalibrationOption = None,
@@ -126,6 +128,7 @@ def export(
     batch_size: BatchSizeOption = 1,
     height: HeightOption = None,
     width: WidthOption = None,
+    size: SizesOption = None,
     steps: StepsOption = 25,
     scheduler: SchedulerOption = None,
     calibration: CalibrationOption = None,
@@ -158,7 +161,7 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
 
     run = build_bundle if "backend" in options else export_bundle
     model: str = options["model"]
-    options["lora"] = tuple(options["lora"] or ())
+    options |= {"lora": tuple(options["lora"] or ()), "sizes": tuple(options.pop("size") or ())}
     options |= {"bits": numbers(options["bits"]), "precision": options.pop("granularity").value}
     options["granularity"] = options.pop("blocks").value
     if options.get("max_engine_bytes") is not None:
@@ -172,7 +175,8 @@ def _export(out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in report.bytes.items() if size)
     if report.variants:
         print_variants(report)
-    print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits")
+    sizes_told = f", images of {', '.join(report.sizes)}" if len(report.sizes) > 1 else ""
+    print(f"{report.bundle}: {report.blocks} blocks at {' / '.join(map(str, report.bits))} bits{sizes_told}")
     if report.unfused != report.blocks:
         print(f"  {report.unfused} blocks were fused into {report.blocks}")
     print(f"  policy: {report.policy or 'none, uniform bits only'}; weights: {report.weights}")

@@ -50,6 +50,13 @@ def generate(
             show_default="image.png or images/",
         ),
     ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Height of images, where the bundle has several sizes.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Width of images, the same.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per batch, the same.", show_default="what wastes least")
+    ] = None,
     backend: TargetOption = "auto",
     threads: ThreadsOption = None,
     memory_budget: Annotated[
@@ -73,7 +80,15 @@ def generate(
             "a prompt is empty", expected="text", fix='e.g. qlip-export generate BUNDLE "a red apple"'
         )
     budget = None if memory_budget is None else parse_budget(memory_budget)
-    pipeline = TextToImage.load(bundle, backend=backend, threads=threads)
+    pipeline = TextToImage.load(
+        bundle,
+        backend=backend,
+        threads=threads,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        images=len(prompt),
+    )
     if bits is not None:
         pipeline.bundle.bits(bits)
     _say_which(pipeline, backend)

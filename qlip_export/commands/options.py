@@ -43,6 +43,14 @@ HeightOption = Annotated[
     int | None, typer.Option(help="Height of images, pixels.", show_default="the model's own")
 ]
 WidthOption = Annotated[int | None, typer.Option(help="Width of images.", show_default="the model's own")]
+SizesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        metavar="WIDTHxHEIGHT[:BATCH]",
+        help="Instead of these: a size of images and batches; repeatable, weights are shared.",
+    ),
+]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model from the Hub.", show_default="main")
 ]

@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from qlip_export.commands.options import HeightOption, JsonOption, RevisionOption, WidthOption, numbers
+from qlip_export.commands.options import (
+    HeightOption,
+    JsonOption,
+    RevisionOption,
+    SizesOption,
+    WidthOption,
+    numbers,
+)
 from qlip_export.errors import QlipError
-from qlip_export.spec import Granularity, Unit, WeightBits
+from qlip_export.spec import Granularity, Unit, WeightBits, image_sizes
 
 if TYPE_CHECKING:
     from qlip_export.plan import Plan
@@ -27,6 +34,7 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     height: HeightOption = None,
     width: WidthOption = None,
+    size: SizesOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,23 +43,22 @@ def plan(
     wanted = _one_of(get_args(WeightBits), weight_bits, "--weight-bits")
     cut = _one_of(get_args(Granularity), blocks, "--blocks")
     precision = _one_of(get_args(Unit), granularity, "--granularity")
+    sizes = image_sizes(tuple(size or ()), height, width, batch_size)
     from qlip_export.progress import waiting
     from qlip_export.zoo import find_configs
 
     found, checkpoint = find_configs(model, revision=revision)
     with waiting("loading torch"):
-        from qlip_export.plan import plan as run
+        from qlip_export.plan import plan_sizes
     with waiting(f"counting {found.name}"):
-        result = run(
+        result = plan_sizes(
             found,
             checkpoint,
+            sizes,
             bits=options,
             weight_bits=wanted,
             granularity=cut,
             precision=precision,
-            batch_size=batch_size,
-            height=height,
-            width=width,
         )
     print(result.model_dump_json() if as_json else describe(result))
 
@@ -87,6 +94,12 @@ def describe(plan: Plan) -> str:
         f"to export: about {_size(plan.export_memory_bytes)} of memory, {plan.export_seconds:,} s of a core",
         f"with OpenVINO's engines: about {_size(plan.build_memory_bytes)}, {plan.build_seconds:,} s",
         f"to run: about {running}",
+        *(
+            f"{other.width}x{other.height}, batch {other.batch_size}, with the same weights: "
+            f"{other.macs_per_step / 1e9:,.1f} GMACs, about "
+            + ", ".join(f"{_size(n)} at {b}" for b, n in other.run_memory_bytes.items())
+            for other in plan.other_sizes
+        ),
     ]
     return "\n".join(lines)
 

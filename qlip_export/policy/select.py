@@ -49,9 +49,16 @@ class SelectedPolicy:
         self.policy.check(self.denoiser, units, self.bits, self.quality.sha256, self.path)
 
     def export(
-        self, blocks: Sequence[BlockEntry], steps: int, batch_size: int, workspace: Workspace
+        self,
+        blocks: Sequence[BlockEntry],
+        steps: int,
+        batch_size: int,
+        workspace: Workspace,
+        tag: str = "",
     ) -> PolicyEntry:
         """Write `policy.onnx` for a sampler of ``steps`` steps and return its entry, without an engine.
+
+        ``tag`` stands in the file's name, where a bundle has several batch sizes.
 
         Raises:
             QlipError: The policy was trained for other blocks or layers than ``blocks``.
@@ -66,10 +73,11 @@ class SelectedPolicy:
 
         code = [sha256_of(Path(__file__).with_name(name)) for name in ("graph.py", "t2q.py")]
         key = content_key("policy", code, OPSET, self.quality.sha256, table.model_dump(), batch_size)
-        workspace.product(POLICY, key, make)
+        path = POLICY.replace(".onnx", f"{tag}.onnx")
+        workspace.product(path, key, make)
         rows, columns = network.projection.shape
         return PolicyEntry(
-            onnx=POLICY,
+            onnx=path,
             name=self.name,
             unit=recipe.unit,
             criterion=recipe.criterion,

@@ -309,7 +309,7 @@ def _engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, ...]
 def _provenance(pipeline: TextToImage) -> tuple[tuple[str, str], ...]:
     manifest = pipeline.bundle.manifest
     policy, target, sampler = manifest.policy, pipeline.target.entry, manifest.sampler
-    height, width = manifest.shapes.image
+    shapes = [size.shapes for size in Bundle.open(pipeline.bundle.root).manifest.sizes]
     rows = {
         "Model": f"{manifest.model.name} ({manifest.model.family}), {manifest.model.parameters:,} parameters",
         "Model fingerprint (SHA-256)": manifest.model.fingerprint,
@@ -318,7 +318,8 @@ def _provenance(pipeline: TextToImage) -> tuple[tuple[str, str], ...]:
         "Policy": f"{policy.name}, {policy.criterion}, cost {policy.cost}" if policy else "none",
         "Policy graph (SHA-256)": _hash(pipeline.bundle, policy.onnx if policy else None),
         "Sampler": f"{sampler.scheduler}, {len(sampler.steps)} steps",
-        "Image": f"{width} x {height}, batch {manifest.shapes.batch_size}",
+        "Image": "; ".join(f"{s.image[1]} x {s.image[0]}, batch {s.batch_size}" for s in shapes)
+        + (" (this report: the first)" if len(shapes) > 1 else ""),
         "Engines": f"{target.backend} {target.version} for {target.device}",
         "Built with": ", ".join(
             f"{name} {version}"

@@ -98,7 +98,15 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        images: int | None = None,
     ) -> TextToImage:
         """Open a bundle with one of the backends that it was compiled for.
 
@@ -106,11 +114,16 @@ class TextToImage:
             path: The bundle's folder.
             backend: Whose engines to run; ``auto`` takes the first that can run here.
             threads: CPU threads an engine may use; ``None`` leaves it to the backend.
+            height: Of images, pixels, where the bundle has several sizes; the first that fits is taken.
+            width: The same.
+            batch_size: Images per batch, the same.
+            images: How many images a call will draw: chooses among batch sizes; see `Bundle.at`.
 
         Raises:
-            QlipError: No bundle, a damaged one, one without such engines, or none that can run here.
+            QlipError: No bundle, a damaged one, one without such engines or such a size, or none that can run
+                here.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path).at(height=height, width=width, batch_size=batch_size, images=images)
         return cls(bundle, choose_target(bundle, backend, threads=threads))
 
     def __call__(

@@ -74,7 +74,7 @@ class Room:
         """
         if self._budget is None:
             return
-        parts = [component.key for component in self._components]
+        parts = self._keys(self._components)
         blocks = self._chain.every_engine() if patterns is None else self._chain.engines_of(patterns)
         if self._least(parts, self._parts_bytes()) > self._budget:
             fixed = self._parts_bytes() + self._chain.buffer_bytes(blocks, alone=True)
@@ -95,13 +95,13 @@ class Room:
             yield None
             return
         blocks = self._chain.engines_of(patterns)
-        accesses = [*blocks, *(part.key for part in parts)]
+        accesses = [*blocks, *self._keys(parts)]
         fixed = self._make_room(blocks, accesses, self._budget)
         self._chain.prepare(patterns)
         for part in parts:
             part.prepare()
         # The next batch begins with the parts before the denoiser, then most likely this one's first step.
-        then = [*(c.key for c in self._components), *blocks[: len(self._chain.blocks)]]
+        then = [*self._keys(self._components), *blocks[: len(self._chain.blocks)]]
         plan = self._engines.plan(accesses, self._budget, fixed=fixed, then=then)
         alone = self._parts_bytes() + self._chain.buffer_bytes(blocks, alone=True)
         self._used.append(self._use(plan, alone, self._budget))
@@ -112,7 +112,7 @@ class Room:
                 yield before
             finally:
                 for part in parts:
-                    part.before = lambda: None
+                    part.before = None
 
     def _make_room(self, blocks: Sequence[str], accesses: Sequence[str], budget: int) -> int:
         """Return the bytes of all buffers; drop those of other runs where not everything fits."""
@@ -126,10 +126,14 @@ class Room:
             crowded = smallest_budget(accesses, memory, fixed) > budget
         if not crowded or fixed == alone:
             return fixed
-        components = {component.key for component in self._components}
+        components = self._keys(self._components)
         self._engines.drop([key for key in self._engines if key not in {*accesses, *components}])
         self._chain.keep_buffers(blocks)
         return alone
+
+    @staticmethod
+    def _keys(components: Sequence[Component]) -> list[str]:
+        return [key for component in components for key in component.keys]
 
     def _parts_bytes(self) -> int:
         """Return what is taken beside engines and the denoiser's buffers."""
@@ -140,7 +144,7 @@ class Room:
 
     def _use(self, plan: ResidencyPlan, fixed: int, budget: int) -> MemoryUse:
         memory = {key: self._engines.memory(key) for key in plan.accesses}
-        every = {component.key: self._engines.memory(component.key) for component in self._components}
+        every = {key: self._engines.memory(key) for key in self._keys(self._components)}
         return MemoryUse(
             budget=budget,
             peak=plan.peak,
