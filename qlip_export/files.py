@@ -91,7 +91,9 @@ _ACCESS_ERRORS = frozenset(
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold an exclusive lock on ``path``; call ``on_wait`` once if another process has it.
 
-    The lock goes with the process that holds it, so a killed build never leaves one behind.
+    The lock goes with the process that holds it, so a killed build leaves a file that locks nothing. The file
+    is removed while it is still locked: whoever waited for it then holds a file without a name, which
+    `filelock` notices (from 3.21.2 on) and tries again.
     """
     from filelock import FileLock, Timeout
 
@@ -106,4 +108,6 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
         lock.release()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from qlip_export.backends.openvino import OpenVINOBackend
 from qlip_export.bundle import Bundle, Manifest
 from qlip_export.errors import QlipError
+from qlip_export.files import locked
 from qlip_export.workspace import Workspace
 from tests import tamper
 from tests.conftest import STEPS, Cli, build_tiny
@@ -37,8 +39,29 @@ def whole(bundle: Path) -> dict[str, str]:
 
 
 def beside(out: Path) -> list[str]:
-    """Return what a build leaves beside its bundle, its lock apart."""
-    return sorted(p.name for p in out.parent.iterdir() if p.name not in (out.name, f".{out.name}.lock"))
+    """Return what a build leaves beside its bundle."""
+    return sorted(p.name for p in out.parent.iterdir() if p.name != out.name)
+
+
+def test_a_lock_excludes_others_and_leaves_no_file(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            with locked(tmp_path / ".lock", on_wait=lambda: None):
+                inside.append(number)
+                time.sleep(0.001)
+                most.append(len(inside))
+                inside.remove(number)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert most == [1] * 40
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the workspace alone, with products that take no time
@@ -180,7 +203,6 @@ def finished_but_not_swapped(out: Path, manifest: Manifest) -> dict[str, str]:
     out.rename(out.with_name(".out.qlip-building"))
     toy_build(tmp := out.with_name("old"), manifest, KEYS)
     tmp.rename(out)
-    out.with_name(".old.lock").unlink()
     return new
 
 
