@@ -432,6 +432,10 @@ def _save(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
     proto = ir.to_proto(model)
+    known = {tensor.name for tensor in proto.graph.initializer}  # these tell their types themselves
+    typed = [value for value in proto.graph.value_info if value.name not in known]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(typed)
     try:
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except onnx.shape_inference.InferenceError as error:

@@ -116,33 +116,35 @@ def bind_weights(
     """Replace every parameter input of ``model`` by a reference into the weight file, in place.
 
     Quantized weights become a DequantizeLinear over their codes, in the type the graph wants (FP32 or FP16).
-    Parameters that are stored only in FP16 are widened by a Cast where the graph wants FP32.
+    Parameters that are stored only in FP16 are widened by a Cast where the graph wants FP32. Codes and
+    DequantizeLinear bear the parameter's name; scales and what comes out have short ones, because names are a
+    good part of a graph, and a policy by layer takes a hundred graphs.
     """
     graph = model.graph
     made: dict[str, ir.Value] = {}
 
-    def stored(name: str) -> ir.Value:
+    def stored(name: str, known_as: str | None = None) -> ir.Value:
         if name not in made:
-            tensor = index.tensors[name].external(name, location, folder)
+            tensor = index.tensors[name].external(known_as or name, location, folder)
             made[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
             )
             graph.register_initializer(made[name])
         return made[name]
 
-    for parameter in [v for v in graph.inputs if v.name not in runtime_inputs]:
+    for number, parameter in enumerate([v for v in graph.inputs if v.name not in runtime_inputs]):
         graph.inputs.remove(parameter)
         name, half = str(parameter.name), parameter.dtype == ir.DataType.FLOAT16
         target = _weight_operand(parameter)
         if name in index.layer_axis:
-            scale = stored(f"{name}.scale.half" if half else f"{name}.scale")
+            scale = stored(f"{name}.scale.half" if half else f"{name}.scale", f"weight.{number}.scale")
             node = ir.node(
                 "DequantizeLinear",
                 [stored(f"{name}.codes"), scale],
                 {"axis": index.layer_axis[name]},
                 name=f"{name}.dq",
             )
-            _insert(graph, node, target)
+            _insert(graph, node, target, f"weight.{number}")
         elif half or name in index.tensors:
             value = stored(f"{name}.half" if half else name)
             if static_shape(value) != static_shape(target):
@@ -152,7 +154,7 @@ def bind_weights(
             node = ir.node(
                 "Cast", [stored(f"{name}.half")], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.float"
             )
-            _insert(graph, node, target)
+            _insert(graph, node, target, f"weight.{number}")
         transpose = target.producer()
         if transpose is not None:
             graph.remove(transpose, safe=True)
@@ -168,9 +170,9 @@ def _weight_operand(parameter: ir.Value) -> ir.Value:
     return parameter
 
 
-def _insert(graph: ir.Graph, node: ir.Node, target: ir.Value) -> None:
+def _insert(graph: ir.Graph, node: ir.Node, target: ir.Value, name: str) -> None:
     out = node.outputs[0]
-    out.name, out.shape, out.type = str(node.name), target.shape, target.type
+    out.name, out.shape, out.type = name, target.shape, target.type
     graph.insert_before(graph[0], node)  # it reads initializers only
     target.replace_all_uses_with(out)
 
