@@ -292,7 +292,9 @@ def _chooser(
         policy.policy.table(steps),
         qualities,
         Limits(options.max_variants, options.max_engine_bytes, options.target_fab, options.target_latency),
-        hardware(backend, options.weight_bits, folder, policy.denoiser, batch_sizes[0]),
+        hardware(
+            backend, options.weight_bits, folder, policy.denoiser, batch_sizes[0], previous=workspace.out
+        ),
         precision=options.precision,
         fuse=options.fuse,
         batches=max(batch_sizes) > 1,

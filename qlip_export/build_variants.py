@@ -12,9 +12,11 @@ import torch
 from pydantic import JsonValue
 
 from qlip_export.backends.base import Backend
+from qlip_export.bundle import Bundle
 from qlip_export.calibrate.latency import Latencies
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of, write_json
 from qlip_export.pipelines import TextEncoder, pipeline_of
 from qlip_export.policy.store import Quality
@@ -77,8 +79,19 @@ def hardware(
     folder: Path | None,
     denoiser: str,
     batch_size: int,
+    *,
+    previous: Path,
 ) -> Hardware:
-    """Return what is known of engines of ``backend``; its times, if ``latency.json`` is of this device."""
+    """Return what is known of engines of ``backend``.
+
+    Args:
+        backend: What will compile; none for an export.
+        weight_bits: Of the build.
+        folder: The calibration; its ``latency.json`` counts if it is of this device.
+        denoiser: Fingerprint.
+        batch_size: Of the build.
+        previous: The bundle that the build replaces, if there is one: its engines may have been timed.
+    """
     if backend is None:
         return Hardware()
     can = backend.capabilities
@@ -91,7 +104,44 @@ def hardware(
         times.fingerprint,
         times.batch_size,
     )
+    measured = _timed(previous, backend, weight_bits, denoiser, batch_size)
+    uniform = {
+        block: {bits[0]: found for bits, found in variants.items() if len(set(bits)) == 1}
+        for block, variants in measured.items()
+    }
     return Hardware(
         engine_bytes=partial(can.engine_bytes, weight_bits=weight_bits),
-        milliseconds=times.milliseconds if fits and times is not None else {},
+        milliseconds=times.milliseconds if fits and times is not None else uniform,
+        measured=measured,
     )
+
+
+def _timed(
+    previous: Path, backend: Backend, weight_bits: WeightBits, denoiser: str, batch_size: int
+) -> dict[str, dict[tuple[int, ...], float]]:
+    """Return the milliseconds of a bundle's variants, block -> bits of its quantized layers -> a call.
+
+    A variant that is slower than another of at least its bits takes the time of that one, which runs instead.
+    A block without quantized layers counts as one layer. Nothing is known from no bundle, from one of another
+    version or model, and from one whose engines were made for another device.
+    """
+    try:
+        manifest = Bundle.open(previous).manifest
+    except QlipError:
+        return {}
+    target, can = manifest.targets.get(backend.name), backend.capabilities
+    same = (manifest.model.fingerprint, manifest.shapes.batch_size, manifest.quantization.weight_bits)
+    if target is None or target.timing is None or same != (denoiser, batch_size, weight_bits):
+        return {}
+    if (target.device, target.version) != (can.device, can.version):
+        return {}
+    times, instead = target.timing.milliseconds, target.timing.instead
+    found: dict[str, dict[tuple[int, ...], float]] = {}
+    for block in manifest.blocks:
+        runs = instead.get(block.name, {})
+        found[block.name] = {
+            block.layer_bits(name) or (entry.bits,): times[block.variants[runs.get(name, name)].onnx]
+            for name, entry in block.variants.items()
+            if block.variants[runs.get(name, name)].onnx in times
+        }
+    return found

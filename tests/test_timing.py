@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qlip_export.backends import get_backend
 from qlip_export.bundle import BlockEntry, Bundle, TimingEntry, VariantEntry
 from qlip_export.compile import compile_bundle
 from qlip_export.progress import Silent
@@ -178,3 +179,25 @@ def test_engines_that_do_not_run_here_are_not_timed(bundle: Path, tmp_path: Path
     assert time_target(out, "tensorrt-rtx", Noting()) is None
     assert len(notes) == 1 and notes[0].startswith("not timed: ")
     assert (out / "manifest.json").read_bytes() == before
+
+
+def test_a_build_plans_by_the_times_of_the_bundle_that_it_replaces(mine: Path, tmp_path: Path) -> None:
+    from qlip_export.build_variants import hardware
+
+    def known(previous: Path, batch_size: int = 1) -> dict[str, Any]:
+        manifest = Bundle.open(mine).manifest
+        backend, bits = get_backend("openvino"), manifest.quantization.weight_bits
+        model = manifest.model.fingerprint
+        found = hardware(backend, bits, None, model, batch_size, previous=previous)
+        assert {n: {b[0]: t for b, t in of.items()} for n, of in found.measured.items()} == found.milliseconds
+        return {**found.milliseconds}
+
+    assert known(mine) == {}, "nobody timed it yet"
+    set_timing(mine, {"up_blocks.0": {"a8": "a32"}})
+    found = known(mine)
+    # What runs at 8 bits there is the engine at 32, which takes as long as the others.
+    assert found["up_blocks.0"] == found["up_blocks.1"] == {8: 1.0, 16: 1.0, 32: 1.0}
+    assert known(mine, batch_size=2) == {}
+    assert known(tmp_path / "nothing") == {}
+    tamper.edit_manifest(mine, lambda m: m["targets"]["openvino"].update(device="another"))
+    assert known(mine) == {}

@@ -47,10 +47,13 @@ class Hardware:
         engine_bytes: Says what an engine takes whose layers are carried by these containers; none where no
             backend is known.
         milliseconds: Measured times, block -> bits -> a call at uniform bits; none where nobody measured.
+        measured: Times of variants, block -> bits of its quantized layers -> a call, where an earlier build
+            has engines of them.
     """
 
     engine_bytes: Callable[[Sequence[tuple[LayerEntry, Container]]], int] | None = None
     milliseconds: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[tuple[int, ...], float]] = field(default_factory=dict)
 
 
 class VariantRow(Frozen):
@@ -165,7 +168,8 @@ class Chooser:
         if limits.target_latency is not None and not costs.timed:
             raise QlipError(
                 "--target-latency needs the times of this model's blocks on this device",
-                expected="latency.json in the calibration folder, of this backend, device and batch size",
+                expected="latency.json in the calibration folder, or at -o a bundle by block that was timed; "
+                "of this backend, device and batch size",
                 found="none that fits",
                 fix="qlip-export calibrate --stages q2b --cost latency --bundle BUNDLE",
             )
@@ -272,7 +276,11 @@ class _Costs:
         )
 
     def _seconds(self, plan: VariantPlan) -> float:
-        """Return the seconds of a run; a layer has the share of its block's time that it has of its MACs."""
+        """Return the seconds of a run.
+
+        Variants that were timed take what they took. In others a layer has the share of its block's time at
+        its bits that it has of its multiply-accumulates.
+        """
         total = 0.0
         for name, layers in self._blocks.items():
             times = self._hardware.milliseconds[name]
@@ -283,7 +291,14 @@ class _Costs:
             macs = np.array([e.macs for e in layers if e.quantized], dtype=np.float64)
             grid = np.array(self._options)
             of_option = np.array([times[b] for b in self._options])
-            milliseconds = of_option[np.searchsorted(grid, variants)] @ (macs / macs.sum())
+            estimates = of_option[np.searchsorted(grid, variants)] @ (macs / macs.sum())
+            known = self._hardware.measured.get(name, {})
+            milliseconds = np.array(
+                [
+                    known.get(tuple(bits), guess)
+                    for bits, guess in zip(variants.tolist(), estimates, strict=True)
+                ]
+            )
             serving = cheapest(variants, merger.demand.patterns, bits_of(variants))
             total += float(merger.demand.steps @ milliseconds[serving])
         return total / 1000

@@ -129,6 +129,20 @@ def test_a_target_is_reached_with_the_fewest_engines() -> None:
         choose(table, Limits(target_latency=1.0))
 
 
+def test_variants_that_were_timed_take_what_they_took() -> None:
+    table = random_table(8, 2, seed=3)
+    guessed = choose(table, hardware=Hardware(milliseconds=TIMES))
+    (block, of) = next((n, of) for n, of in guessed.variants.items() if len(of) > 1)
+    patterns = [tuple(v[e.name] for e in BLOCKS[block]) for v in of]
+    slow = Hardware(milliseconds=TIMES, measured={block: dict.fromkeys(patterns, 1000.0)})
+    found = choose(table, hardware=slow).chosen
+    assert found is not None and found.seconds is not None
+    assert guessed.chosen is not None and guessed.chosen.seconds is not None
+    # Each of eight steps runs one of the block's variants; the others take what was guessed.
+    assert 8.0 < found.seconds < 8.0 + guessed.chosen.seconds
+    assert choose(table, hardware=Hardware(milliseconds=TIMES, measured={block: {(1,): 9.0}})) == guessed
+
+
 def test_seconds_are_those_of_uniform_blocks_where_all_layers_agree() -> None:
     always = UnitChoice(thresholds=(), bits=(16,), forced=16)
     units = tuple(name for names in NAMES.values() for name in names)
