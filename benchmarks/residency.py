@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
         prepare(each, ("coarse",))
     bundle, chooser = of.bundle("coarse"), emoji.bundle("coarse")
     steps = QUICK_STEPS if quick and of.shape != "emoji" else None
-    peaks = _peaks_apart(bundle, chooser, steps)
+    peaks = peaks_apart(bundle, chooser, steps)
     half = peaks[0]["all_resident"] // 2
     budgets = {"everything stays": None, "half the memory": half}
     warm = {name: _again(load(bundle, chooser, steps), budget) for name, budget in budgets.items()}
@@ -85,42 +84,44 @@ def _anew(bundle: Path, chooser: Path, steps: int | None, budget: int | None) ->
     return lambda: load(bundle, chooser, steps)(PROMPT, seed=0, memory_budget=budget)
 
 
-def _peaks_apart(bundle: Path, chooser: Path, steps: int | None) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.residency", str(bundle), str(chooser), str(steps or 0)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: list[dict[str, Any]] = json.loads(output.strip().splitlines()[-1])
-    return found
+def peaks_apart(bundle: Path, chooser: Path, steps: int | None) -> list[dict[str, Any]]:
+    """Return predicted and measured peaks of a run at several budgets, in bytes; each in its own process."""
+
+    def run(budget: int) -> dict[str, Any]:
+        command = [sys.executable, "-m", "benchmarks.residency", str(bundle), str(chooser)]
+        command += [str(steps or 0), str(budget)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+        return found
+
+    everything = run(AMPLE)
+    budgets = {f: max(int(f * everything["all_resident"]), everything["smallest"]) for f in FRACTIONS}
+    return [{**run(budget), "fraction": fraction} for fraction, budget in budgets.items()]
 
 
-def peaks(bundle: Path, chooser: Path, steps: int | None) -> list[dict[str, Any]]:
-    """Return predicted and measured peaks of runs in this process at several budgets, in bytes.
+def peak(bundle: Path, chooser: Path, steps: int | None, budget: int) -> dict[str, Any]:
+    """Return what a run in this process was predicted to take at a budget, and its measured peak, in bytes.
 
-    What is resident after a run whose engines were dropped again (interpreter, library, its kernels) is
-    subtracted from what is measured.
+    What is resident before, when the smallest engine has come and gone (interpreter, library), is subtracted
+    from what is measured.
     """
     pipeline = load(bundle, chooser, steps)
-    pipeline(PROMPT, seed=0)
-    everything = pipeline(PROMPT, seed=0, memory_budget=AMPLE).records[0]["memory"]
-    del pipeline
-    _collect()
-    base = resident_bytes()
-    rows = []
-    for fraction in FRACTIONS:
-        budget = max(int(fraction * everything["all_resident"]), everything["smallest"])
-        pipeline = load(bundle, chooser, steps)
-        reset_peak()
-        used = pipeline(PROMPT, seed=0, memory_budget=budget).records[0]["memory"]
-        rows.append({**used, "fraction": fraction, "measured_peak": (peak_resident_bytes() or 0) - base})
-        del pipeline
-        _collect()
-    return rows
-
-
-def _collect() -> None:
-    """Let a pipeline that nobody uses go: chain and engines refer to each other."""
-    gc.collect()
+    _start_library(pipeline)
     return_free_memory()
+    base = resident_bytes()
+    reset_peak()
+    used: dict[str, Any] = pipeline(PROMPT, seed=0, memory_budget=budget).records[0]["memory"]
+    return {**used, "measured_peak": (peak_resident_bytes() or 0) - base}
+
+
+def _start_library(pipeline: TextToImage) -> None:
+    files = pipeline.bundle.manifest.files
+    entry = min(pipeline.target.entry.engines.values(), key=lambda entry: files[entry.path].size)
+    engine = pipeline.backend.load(pipeline.bundle.file(entry.path), entry)
+    for port in (*entry.inputs, *entry.outputs):
+        engine.bind(port.name, pipeline.backend.allocate(port.shape, port.dtype))
+    engine.run()
 
 
 if __name__ == "__main__":
-    print(json.dumps(peaks(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) or None)))
+    print(json.dumps(peak(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) or None, int(sys.argv[4]))))

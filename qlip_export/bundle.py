@@ -84,11 +84,12 @@ class EngineFacts(Frozen):
 
 
 class EngineMemory(Frozen):
-    """Bytes of the device's memory that a loaded engine takes, beside its bound inputs and outputs."""
+    """What a loaded engine takes of the device's memory, in bytes, beside its bound inputs and outputs."""
 
     resident: int = Field(ge=0, description="as long as it is loaded")
     scratch: int = Field(ge=0, description="while it runs, and afterwards unless it gives it back")
     loading: int = Field(ge=0, description="beyond `resident`, while it is being loaded")
+    seconds: float = Field(default=0.0, ge=0, description="of processor time to load it; 0: not measured")
 
 
 class Compiled(Frozen):

@@ -56,11 +56,20 @@ SCHEDULER = {
 }
 
 
-def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the model; the denoiser has the topology of BK-SDM-Tiny, so 151 layers of which 141 quantize."""
+def write_model(
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    channels: tuple[int, ...] = CHANNELS,
+) -> Path:
+    """Write the model; the denoiser has the topology of BK-SDM-Tiny, so 151 layers of which 141 quantize.
+
+    With ``channels`` of fewer blocks it is smaller still.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        parts = {"unet": make_denoiser(), "vae": make_vae(), "text_encoder": make_text_encoder()}
+        parts = {"unet": make_denoiser(channels), "vae": make_vae(), "text_encoder": make_text_encoder()}
         for part in parts.values():
             liven(part)
     for name, part in parts.items():
@@ -115,17 +124,17 @@ def write_towers(model: Path, folder: Path) -> Path:
     return folder
 
 
-def make_denoiser() -> torch.nn.Module:
+def make_denoiser(channels: tuple[int, ...] = CHANNELS) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
         out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
         mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=CHANNELS,
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,

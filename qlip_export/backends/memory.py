@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,16 +14,14 @@ from qlip_export.bundle import EngineEntry, EngineMemory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
 
 
 def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMemory | None:
     """Return what an engine file takes when it is loaded into this process and run.
 
     Resident memory is read after free memory has gone back to the system, so it counts pages that are in use:
-    private ones, and those of the engine file that a run reads. Compiled kernels, which the vendor library
-    keeps for the next engine, are not in it.
+    private ones, and those of the engine file that a run reads. It is what dropping the engine gives back:
+    what stays behind, in heap pages that others use too, is not in it.
 
     Args:
         backend: Loads and runs it; its device must be this process's memory.
@@ -31,14 +29,16 @@ def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMe
         entry: Its ports.
 
     Returns:
-        The bytes; ``None`` where the system does not tell (anything but Linux).
+        Bytes, and the seconds of loading it; ``None`` where the system does not tell (anything but Linux).
     """
     if peak_resident_bytes() is None:
         return None
     buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
     return_free_memory()
     reset_peak()
+    started = time.process_time()
     engine = backend.load(path, entry)
+    seconds = time.process_time() - started
     engine.frugal = True
     for name, buffer in buffers.items():
         engine.bind(name, buffer)
@@ -53,7 +53,10 @@ def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMe
     return_free_memory()
     resident = max(0, idle - resident_bytes())
     return EngineMemory(
-        resident=resident, scratch=max(0, running - idle), loading=max(0, while_loading - idle)
+        resident=resident,
+        scratch=max(0, running - idle),
+        loading=max(0, while_loading - idle),
+        seconds=round(seconds, 4),
     )
 
 
@@ -91,18 +94,6 @@ def _field(name: str) -> int | None:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-@cache
-def return_large_blocks() -> None:
-    """Let the C library (glibc) give every block from 256 KB on back as soon as it is freed.
-
-    By itself it raises that size as it sees larger blocks freed, up to 32 MB, and what is smaller stays in
-    heaps with holes: after some loads and drops twice of what is in use. This holds for the whole process, so
-    it is done only where someone asks for a memory budget.
-    """
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
 @cache

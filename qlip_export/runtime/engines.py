@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from qlip_export.backends.base import Engine
-from qlip_export.backends.memory import return_free_memory, return_large_blocks
+from qlip_export.backends.memory import return_free_memory
+from qlip_export.backends.numa import unbind_memory
 from qlip_export.bundle import Bundle, EngineEntry, EngineMemory
 from qlip_export.runtime.residency import Action, ResidencyPlan, plan_residency
 from qlip_export.runtime.targets import Target
+
+UNBIND_EVERY = 32
+"""Drops after which mappings are merged again: each leaves dozens behind, and merging takes milliseconds."""
 
 Bind = Callable[[Engine, EngineEntry], None]
 """Binds a new engine to its buffers."""
@@ -26,6 +31,7 @@ class Engines:
     Attributes:
         reserve: Bytes that a budget sets aside; see `Backend`.
         drops: How many engines were dropped so far.
+        recent: What the denoiser ran last under a budget, in that order.
     """
 
     def __init__(self, bundle: Bundle, target: Target) -> None:
@@ -35,8 +41,9 @@ class Engines:
         self._backend = target.backend
         self.reserve = target.backend.reserve
         self.drops = 0
+        self.recent: tuple[str, ...] = ()
         self._loaded: dict[str, Engine] = {}
-        self._binds: dict[str, Bind] = {}
+        self._binds: dict[str, weakref.WeakMethod[Bind]] = {}
         self._generous: set[str] = set()
         self._whole: dict[str, tuple[int, int, int] | None] = {}
 
@@ -58,8 +65,12 @@ class Engines:
         return self._bundle.engine(self._target, onnx)
 
     def expect(self, onnx: str, bind: Bind) -> None:
-        """Say how an engine is bound to its buffers whenever it is loaded."""
-        self._binds[onnx] = bind
+        """Say which method binds an engine to its buffers whenever it is loaded.
+
+        Its object owns buffers and refers to these engines, so they do not refer to it: what nobody uses any
+        more goes at once, engines and all, and does not wait for Python's collector.
+        """
+        self._binds[onnx] = weakref.WeakMethod(bind)
 
     def memory(self, onnx: str) -> EngineMemory:
         """Return what an engine takes: as measured where it was compiled, otherwise a rough estimate."""
@@ -94,6 +105,8 @@ class Engines:
             del self._loaded[key]
             self._generous.discard(key)
             self.drops += 1
+            if self.drops % UNBIND_EVERY == 0:
+                unbind_memory()
         return_free_memory()
 
     def plan(
@@ -104,7 +117,6 @@ class Engines:
         Raises:
             QlipError: The budget is too small for one of them alone.
         """
-        return_large_blocks()
 
         def planned() -> ResidencyPlan:
             memory = {key: self.memory(key) for key in {*accesses, *self._loaded}}
@@ -144,6 +156,7 @@ class Engines:
         if action.load is not None:
             self._bound(action.load, self._load(action.load))
             self._loaded[action.load].frugal = frugal
+            return_free_memory()  # what loading took beside the engine
             if not frugal:
                 self._generous.add(action.load)
 
@@ -162,7 +175,9 @@ class Engines:
         return stuck
 
     def _bound(self, key: str, engine: Engine) -> None:
-        self._binds[key](engine, self.entry(key))
+        bind = self._binds[key]()
+        assert bind is not None, "who expects an engine is alive while it runs"
+        bind(engine, self.entry(key))
         self._loaded[key] = engine
 
     def _load(self, key: str) -> Engine:

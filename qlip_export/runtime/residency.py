@@ -1,10 +1,11 @@
 """Which engines are loaded when: planned over a whole run, because a run's future is known.
 
 The order in which engines run is fixed before the first step, so Belady's rule (1966) applies: where room is
-needed, what is used again latest goes. It is optimal for engines of one size. Theirs differ a hundredfold, so
-a second rule competes, which drops the smallest engine that makes enough room, and the plan that loads fewer
-bytes wins. Then every load moves forward to the first moment at which its room is free, and engines that run
-in the meantime hide it.
+needed, what is used again latest goes. It is optimal for engines of one size and cost. Theirs differ a
+hundredfold, so others compete: one drops the smallest engine that makes enough room, two drop what frees
+most bytes for the longest time for each second that loading it again will take. The plan whose loads take the
+least time wins. Then every load moves forward to the first moment at which its room is free, and engines that
+run in the meantime hide it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qlip_export.bundle import EngineMemory
 from qlip_export.errors import QlipError
 
 Victim = Callable[[Mapping[str, int], Callable[[str], int], int], str]
-"""Chooses among engines (with their bytes) by their next use, where so many bytes are missing."""
+"""Chooses among engines (with their bytes) by how long they will be idle, where so many bytes are missing."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ResidencyPlan:
         frugal: Whether engines give back their scratch memory after every run.
         peak: Most bytes at any moment, by prediction.
         loaded: Bytes that are loaded, engines loaded again included.
+        cost: Seconds that this takes where each engine's are known, otherwise its bytes.
     """
 
     accesses: tuple[str, ...]
@@ -55,6 +57,7 @@ class ResidencyPlan:
     frugal: bool
     peak: int
     loaded: int
+    cost: float
 
 
 def smallest_budget(accesses: Collection[str], memory: Mapping[str, EngineMemory], fixed: int) -> int:
@@ -118,23 +121,38 @@ def plan_residency(
         for key, found in memory.items()
         if key in resident or key in set(accesses)
     }
-    plans = [
-        _Planner(accesses, memory, sizes, budget - fixed, frugal, then).plan(resident, victim)
-        for victim in (_used_latest, _just_enough)
+    timed = all(memory[key].seconds > 0 for key in sizes)
+    costs = {key: memory[key].seconds if timed else float(memory[key].resident) for key in sizes}
+    rules: list[Victim] = [
+        _used_latest,
+        _just_enough,
+        *(partial(_cheapest, costs, power) for power in (1, 2)),
     ]
-    best = min(plans, key=lambda plan: (plan.loaded, sum(sizes[k] for a in plan.actions for k in a.drop)))
+    planner = _Planner(accesses, memory, sizes, costs, budget - fixed, frugal, then)
+    plans = [planner.plan(resident, rule) for rule in rules]
+    best = min(plans, key=lambda plan: (plan.cost, sum(costs[k] for a in plan.actions for k in a.drop)))
     return replace(best, peak=fixed + best.peak)
 
 
-def _used_latest(candidates: Mapping[str, int], next_use: Callable[[str], int], missing: int) -> str:
-    return max(candidates, key=lambda key: (next_use(key), candidates[key]))
+def _used_latest(candidates: Mapping[str, int], idle: Callable[[str], int], missing: int) -> str:
+    return max(candidates, key=lambda key: (idle(key), candidates[key]))
 
 
-def _just_enough(candidates: Mapping[str, int], next_use: Callable[[str], int], missing: int) -> str:
+def _just_enough(candidates: Mapping[str, int], idle: Callable[[str], int], missing: int) -> str:
     enough = [key for key, size in candidates.items() if size >= missing]
     if not enough:
-        return max(candidates, key=lambda key: (candidates[key], next_use(key)))
-    return min(enough, key=lambda key: (candidates[key], -next_use(key)))
+        return max(candidates, key=lambda key: (candidates[key], idle(key)))
+    return min(enough, key=lambda key: (candidates[key], -idle(key)))
+
+
+def _cheapest(
+    costs: Mapping[str, float],
+    power: int,
+    candidates: Mapping[str, int],
+    idle: Callable[[str], int],
+    missing: int,
+) -> str:
+    return max(candidates, key=lambda key: idle(key) ** power * candidates[key] / max(costs[key], 1e-9))
 
 
 class _Planner:
@@ -145,12 +163,14 @@ class _Planner:
         accesses: Sequence[str],
         memory: Mapping[str, EngineMemory],
         sizes: Mapping[str, int],
+        costs: Mapping[str, float],
         capacity: int,
         frugal: bool,
         then: Sequence[str],
     ) -> None:
         self._accesses = tuple(accesses)
         self._sizes = sizes
+        self._costs = costs
         self._loading = {key: memory[key].loading for key in sizes}
         self._scratch = {key: memory[key].scratch if frugal else 0 for key in sizes}
         self._capacity = capacity
@@ -163,18 +183,14 @@ class _Planner:
     def plan(self, resident: Collection[str], victim: Victim) -> ResidencyPlan:
         actions, taken, peak = self._on_demand(resident, victim)
         actions, peak = self._earlier(actions, taken, peak)
-        return ResidencyPlan(
-            self._accesses,
-            tuple(actions),
-            self._frugal,
-            peak,
-            sum(self._sizes[action.load] for action in actions if action.load is not None),
-        )
+        loads = [action.load for action in actions if action.load is not None]
+        loaded, cost = sum(self._sizes[key] for key in loads), sum(self._costs[key] for key in loads)
+        return ResidencyPlan(self._accesses, tuple(actions), self._frugal, peak, loaded, cost)
 
-    def _next_use(self, after: int, key: str) -> int:
+    def _idle(self, after: int, key: str) -> int:
         uses = self._uses.get(key, [])
         index = bisect_left(uses, after)
-        return uses[index] if index < len(uses) else self._never
+        return (uses[index] if index < len(uses) else self._never) - after
 
     def _last_use(self, key: str, before: int) -> int:
         uses = self._uses.get(key, [])
@@ -196,7 +212,7 @@ class _Planner:
             drop = []
             while (missing := total + beside - self._capacity) > 0:
                 candidates = {k: size for k, size in loaded.items() if k != key}
-                gone = victim(candidates, partial(self._next_use, i), missing)
+                gone = victim(candidates, partial(self._idle, i), missing)
                 total -= loaded.pop(gone)
                 drop.append(gone)
             if absent or drop:

@@ -100,8 +100,11 @@ class Room:
         self._chain.prepare(patterns)
         for part in parts:
             part.prepare()
-        # The next batch begins with the parts before the denoiser, then most likely this one's first step.
-        then = [*self._keys(self._components), *blocks[: len(self._chain.blocks)]]
+        if blocks:
+            self._engines.recent = tuple(blocks)
+        # What comes next is most likely what the last batch ran.
+        around = self._keys(self._components)
+        then = [*around, *self._engines.recent] if blocks else [*self._engines.recent, *around]
         plan = self._engines.plan(accesses, self._budget, fixed=fixed, then=then)
         alone = self._parts_bytes() + self._chain.buffer_bytes(blocks, alone=True)
         self._used.append(self._use(plan, alone, self._budget))

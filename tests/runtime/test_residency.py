@@ -19,8 +19,8 @@ from qlip_export.runtime.residency import (
 )
 
 
-def engine(resident: int, scratch: int = 0, loading: int = 0) -> EngineMemory:
-    return EngineMemory(resident=resident, scratch=scratch, loading=loading)
+def engine(resident: int, scratch: int = 0, loading: int = 0, seconds: float = 0.0) -> EngineMemory:
+    return EngineMemory(resident=resident, scratch=scratch, loading=loading, seconds=seconds)
 
 
 UNIT = {key: engine(1) for key in "abcdefgh"}
@@ -184,3 +184,12 @@ def test_refusal_names_the_least_budget() -> None:
     assert caught.value.found == "1.0 MB"
     assert caught.value.fix == "--memory-budget 7.5MB"
     assert all_resident("abab", memory, 500_000) == 12_500_000
+
+
+def test_what_takes_long_to_load_stays() -> None:
+    memory = {"a": engine(10, seconds=1.0), "b": engine(10, seconds=0.01), "c": engine(10, seconds=0.01)}
+    plan = plan_residency("abc" * 10, memory, 20)
+    assert [action.load for action in plan.actions].count("a") == 1
+    assert plan.cost == pytest.approx(1.0 + 20 * 0.01)
+    unknown = plan_residency("abc" * 10, memory | {"b": engine(10)}, 20)
+    assert unknown.cost == unknown.loaded, "bytes, where not all seconds are known"
