@@ -255,11 +255,8 @@ class Footprint:
 def generate_often(bundle: Path, count: int, settled: int, threads: int) -> tuple[Footprint, Footprint]:
     """Generate with changing prompts and budgets; return what is taken when settled and at the end."""
     pipelines = [TextToImage.load(bundle, threads=1) for _ in range(threads)]
-    budgets = [
-        None,
-        AMPLE,
-        *(max(least(pipelines[0], p) for p in PROMPTS) + extra for extra in (0, 2_000_000)),
-    ]
+    smallest = max(least(pipelines[0], prompt, bits=bits) for prompt in PROMPTS for bits in (None, 8, 32))
+    budgets = [None, AMPLE, smallest, smallest + 2_000_000]
     found: dict[int, Footprint] = {}
     errors: list[BaseException] = []
     barrier = threading.Barrier(threads)
