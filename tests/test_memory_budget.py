@@ -241,6 +241,10 @@ def small_bundle(shared: Shared) -> Path:
     return shared("small", make) / "bundle"
 
 
+SPLIT = 1000
+"""Mappings that come and go with drops. Left alone, each generation of the small model adds 160."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What a process takes at rest: resident bytes, and mappings, of which Linux allows it 65,530."""
@@ -267,8 +271,9 @@ def generate_often(bundle: Path, count: int, settled: int, threads: int) -> tupl
                 prompt, budget = PROMPTS[i % len(PROMPTS)], budgets[(i // 2) % len(budgets)]
                 pipeline(prompt, seed=i, memory_budget=budget, bits=(None, None, 8, 32)[i % 4])
                 if i + 1 in (settled // threads, count // threads):
-                    # All at rest, after the same prompt and budget.
-                    pipeline(PROMPTS[0], seed=0, memory_budget=AMPLE)
+                    # All at rest, with the engines of the same prompt: the first run drops those of others.
+                    for each in (smallest, AMPLE):
+                        pipeline(PROMPTS[0], seed=0, memory_budget=each)
                     if barrier.wait() == 0:
                         return_free_memory()
                         mappings = len(Path("/proc/self/maps").read_text().splitlines())
@@ -294,7 +299,7 @@ def generate_often(bundle: Path, count: int, settled: int, threads: int) -> tupl
 def test_nothing_leaks_in_a_while(small_bundle: Path, threads: int) -> None:
     before, after = generate_often(small_bundle, 48, 16, threads)
     assert after.resident <= 1.03 * before.resident, f"{before}, then {after}"
-    assert after.mappings <= 1.25 * before.mappings, f"{before}, then {after}"
+    assert after.mappings <= before.mappings + SPLIT, f"{before}, then {after}"
 
 
 @needs_linux
@@ -305,7 +310,7 @@ def test_nothing_leaks_in_500_generations(small_bundle: Path, threads: int) -> N
     before, after = generate_often(small_bundle, 500, 50, threads)
     print(f"{threads} threads: {before} after 50 generations, {after} after 500")
     assert abs(after.resident - before.resident) <= 0.03 * before.resident
-    assert after.mappings <= 1.25 * before.mappings
+    assert after.mappings <= before.mappings + SPLIT
 
 
 def test_two_threads_share_one_pipeline(pipeline: TextToImage) -> None:
