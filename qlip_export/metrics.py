@@ -157,7 +157,9 @@ def frechet_draws(features: NDArray[np.float32], reference: Moments, images: NDA
         weights = np.bincount(chosen, minlength=count).astype(np.float64)
         mean, turned_mean = weights @ wide / count, weights @ turned / count
         centred = (turned - turned_mean) * np.sqrt(weights)[:, None]
-        shared = np.linalg.eigvalsh(centred.T @ centred / (count - 1)).clip(min=0)
+        # Both products have the same eigenvalues but for zeros.
+        product = centred @ centred.T if count < centred.shape[1] else centred.T @ centred
+        shared = np.linalg.eigvalsh(product / (count - 1)).clip(min=0)
         trace = (weights @ squares - count * (mean @ mean)) / (count - 1)
         shift = mean - reference.mean
         return float(shift @ shift + trace + reference_trace - 2 * np.sqrt(shared).sum())

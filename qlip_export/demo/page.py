@@ -38,7 +38,8 @@ CSS = """
 }
 #status { min-height: 1.5rem; }
 #images .grid-wrap { max-height: none !important; overflow: visible; }
-#images .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 256px)) !important; }
+#images .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 256px)) !important;
+  grid-template-rows: auto !important; grid-auto-rows: auto !important; }
 """
 
 Shown = tuple[Any, str, str]

@@ -186,7 +186,8 @@ class Studio:
 
 
 def _failure(problem: str, expected: str | None, fix: str | None) -> View:
-    parts = [f"**This did not work:** {problem}", *(part for part in (expected, fix) if part)]
+    more = [part[0].upper() + part[1:] for part in (expected, fix) if part]
+    parts = [f"**This did not work:** {problem}", *more]
     return View((), ". ".join(parts) + ".", "", failed=True)
 
 

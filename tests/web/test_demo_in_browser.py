@@ -113,7 +113,7 @@ def test_switch_to_uniform_bits(page: Any) -> None:
 
 def test_over_long_prompt_gives_a_readable_message_and_the_page_lives_on(page: Any) -> None:
     ask(page, "a red apple " * 6)
-    assert "the prompt is too long: 71 characters. at most 60. shorten it." in answer(page, "did not work")
+    assert "the prompt is too long: 71 characters. At most 60. Shorten it." in answer(page, "did not work")
     ask(page, "a red apple")
     answer(page)
 

@@ -81,7 +81,7 @@ def test_image_is_seen_on_its_way(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
-        (("x" * 41, ADAPTIVE, 0, 1), "the prompt is too long: 41 characters. at most 40. shorten it."),
+        (("x" * 41, ADAPTIVE, 0, 1), "the prompt is too long: 41 characters. At most 40. Shorten it."),
         ((" \n", ADAPTIVE, 0, 1), "the prompt is empty"),
         ((PROMPT, ADAPTIVE, 0, 3), "1 to 2"),
         ((PROMPT, ADAPTIVE, -1, 1), "the seed is no whole number"),
@@ -100,8 +100,8 @@ def test_too_much_is_refused_with_a_message(
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (QlipError("the image is not finite", fix="run validate"), "the image is not finite. run validate."),
-        (RuntimeError("secret path"), "the server had a problem (RuntimeError). try again."),
+        (QlipError("the image is not finite", fix="run validate"), "the image is not finite. Run validate."),
+        (RuntimeError("secret path"), "the server had a problem (RuntimeError). Try again."),
     ],
 )
 def test_failure_is_told_and_the_next_request_works(
