@@ -2,9 +2,8 @@
 
 python -m benchmarks.memory                      # 2, 4 and 8 double blocks: about ten minutes of a core
 python -m benchmarks.memory --model sdxl         # a model of the zoo as it is
-python -m benchmarks.memory --text-layers 5 8    # FLUX built with OpenVINO, its T5 with so many layers
 
-Weights are random. Text encoders are short where the denoiser is measured, and the denoiser where they are.
+Weights are random and the text encoders short, so that what is measured is the denoiser.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ SHORT = {
 }
 
 
-def measure(model: str, blocks: int | None, text_layers: int | None = None) -> dict[str, Any]:
-    """Export a model of the zoo, its transformer cut to so many double and single blocks; return the row.
-
-    With ``text_layers`` it is built with OpenVINO in FP32, its T5 having so many layers.
-    """
+def measure(model: str, blocks: int | None) -> dict[str, Any]:
+    """Export a model of the zoo, its transformer cut to so many double and single blocks; return the row."""
     with tempfile.TemporaryDirectory(prefix="qlip-memory-") as name:
         folder, out = Path(name) / model, Path(name) / "bundle"
         shutil.copytree(CONFIGS / model, folder)
@@ -41,11 +37,7 @@ def measure(model: str, blocks: int | None, text_layers: int | None = None) -> d
             change(folder / part, changes)
         if blocks is not None:
             change(folder / "transformer", {"num_layers": blocks, "num_single_layers": blocks})
-        command = [sys.executable, "-m", "qlip_export", "export"]
-        if text_layers is not None:
-            change(folder / "text_encoder_2", {"num_layers": text_layers})
-            command[-1:] = ["build", "--backend", "openvino", "--bits", "32"]
-        command += ["--model", str(folder), "--random-weights"]
+        command = [sys.executable, "-m", "qlip_export", "export", "--model", str(folder), "--random-weights"]
         output, peak = run_measured([*command, "-o", str(out), "--json"])
         report = json.loads(output.splitlines()[-1])
     return {
@@ -71,18 +63,15 @@ def main() -> None:
     )
     parser.add_argument("--model", default="flux-dev", help="a name of the zoo")
     parser.add_argument("--blocks", type=int, nargs="*", help="of each kind; 2 4 8 for FLUX")
-    parser.add_argument("--text-layers", type=int, nargs="*", default=[], help="of FLUX's T5; builds engines")
     chosen = parser.parse_args()
     flux = chosen.model.startswith("flux")
-    cases: list[tuple[int | None, int | None]] = [(1, layers) for layers in chosen.text_layers]
-    cases = cases or [(n, None) for n in chosen.blocks or ([2, 4, 8] if flux else [None])]
+    counts = chosen.blocks or ([2, 4, 8] if flux else [None])
     rows = []
-    for blocks, layers in cases:
-        rows.append(measure(chosen.model, blocks, layers))
+    for count in counts:
+        rows.append(measure(chosen.model, count))
         row = rows[-1]
-        what = f"{blocks or 'all'} blocks of each kind" if layers is None else f"T5 of {layers} layers, built"
         print(
-            f"{chosen.model}, {what}: peak {row['peak'] / 1e9:.2f} GB, "
+            f"{chosen.model}, {count or 'all'} blocks of each kind: peak {row['peak'] / 1e9:.2f} GB, "
             f"weights {row['weights'] / 1e9:.2f} GB, {row['seconds']:.0f} s",
             flush=True,
         )
