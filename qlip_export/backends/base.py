@@ -188,11 +188,18 @@ class Backend(ABC):
     def cast(self, source: Buffer, target: Buffer) -> None:
         """Copy between buffers of the same shape and different dtypes."""
 
-    def sequence(self, calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def sequence(
+        self, calls: Sequence[Callable[[], None]], inputs: Sequence[Buffer], outputs: Sequence[Buffer]
+    ) -> Callable[[], None]:
         """Return one call that makes ``calls``, each a run or a cast of this backend, in their order.
 
         A backend may record what they start and start it at once: the buffers stay the same, their contents
         change from call to call.
+
+        Args:
+            calls: What to make.
+            inputs: Buffers that the calls read and nothing but the caller writes.
+            outputs: Buffers that the calls are made for.
         """
 
         def run() -> None:

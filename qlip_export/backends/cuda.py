@@ -23,6 +23,9 @@ from qlip_export.spec import DType
 EAGER_RUNS = 2
 """Runs before a graph is recorded: libraries choose kernels in the first and have their memory after two."""
 
+REPLAY_TOLERANCE = 1e-2
+"""How far a replay may be off, of the largest value: kernels that add atomically differ from run to run."""
+
 _THREADS = 256
 _CASTS: dict[tuple[DType, DType], str] = {
     ("float32", "float16"): "narrow",
@@ -181,35 +184,61 @@ def compile_kernels(architecture: str) -> bytes:
 class Recording:
     """Calls that start work on a stream, recorded as one CUDA graph and then started by one launch.
 
-    The first runs make the calls themselves. Where recording fails, all do, and ``note`` says why.
+    The first runs make the calls themselves. A graph is used once a replay on inputs that it was not recorded
+    with gave what the calls give: a library may copy on streams of its own, which no graph holds. Where
+    recording or this proof fails, the calls are made every time, and ``note`` says why.
 
     Attributes:
         note: Why there is no graph; none as long as there may be one.
-        nodes: Number of nodes of the graph by kind, once it is there.
+        nodes: Number of nodes of the graph by kind, once it was recorded.
     """
 
     def __init__(
-        self, gpu: Gpu, calls: Sequence[Callable[[], None]], *, eager_runs: int = EAGER_RUNS
+        self,
+        gpu: Gpu,
+        calls: Sequence[Callable[[], None]],
+        inputs: Sequence[DeviceBuffer],
+        outputs: Sequence[DeviceBuffer],
+        *,
+        eager_runs: int = EAGER_RUNS,
     ) -> None:
-        """Nothing runs before the first call."""
+        """Nothing runs before the first call.
+
+        Args:
+            gpu: Has the stream.
+            calls: Start the work.
+            inputs: What the work reads and does not write; floating-point.
+            outputs: What it is done for; floating-point.
+            eager_runs: How often the calls are made before they are recorded.
+        """
         self.note: str | None = None
         self.nodes: dict[str, int] = {}
         self._gpu = gpu
         self._calls = tuple(calls)
-        self._left = eager_runs
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self._eager_runs = self._left = eager_runs
         self._graph: Any = None
 
     def __call__(self) -> None:
         """Start all of it; returns before it is done."""
         self._gpu.activate()
-        if self._graph is None and self.note is None and self._left == 0:
-            self._record()
-        if self._graph is not None:
+        if self._graph is None and self.note is None:
+            if self._left > 0:
+                self._left -= 1
+            else:
+                self._record()
+        if self._graph is None:
+            self._run()
+        else:
             _ok(runtime.cudaGraphLaunch(self._graph, self._gpu.stream))
-            return
+
+    def forget(self) -> None:
+        """Drop the graph: what it was recorded with has moved. It is recorded anew after a few runs."""
+        self._graph, self._left = None, self._eager_runs
+
+    def _run(self) -> None:
         for call in self._calls:
             call()
-        self._left = max(0, self._left - 1)
 
     def _record(self) -> None:
         # Relaxed: a library may still allocate memory while it is recorded.
@@ -228,14 +257,42 @@ class Recording:
             _ok((status,), "recording")
             _remove_host_nodes(graph)
             self.nodes = _count_nodes(graph)
-            self._graph = _ok(runtime.cudaGraphInstantiate(graph, 0))
-            weakref.finalize(self, runtime.cudaGraphExecDestroy, self._graph)
+            launchable = _ok(runtime.cudaGraphInstantiate(graph, 0))
+            weakref.finalize(self, runtime.cudaGraphExecDestroy, launchable)
+            if self._is_faithful(launchable):
+                self._graph = launchable
+            else:
+                self.note = (
+                    "a CUDA graph of all engines does not compute what they compute one by one, "
+                    "so each engine is started by itself"
+                )
         except Exception as error:  # as above: whatever stands in the way of a graph, the calls work without
             runtime.cudaGetLastError()  # an error that is told here must not surface in the next call
             self.note = f"not recorded as a CUDA graph, each engine is started by itself: {error}"
         finally:
             if graph is not None and int(graph):
                 runtime.cudaGraphDestroy(graph)
+
+    def _is_faithful(self, graph: Any) -> bool:
+        """Return whether a replay gives what the calls give, on inputs other than those it was recorded with."""
+        given = [self._gpu.read(buffer) for buffer in self._inputs]
+        try:
+            for buffer, values in zip(self._inputs, given, strict=True):
+                self._gpu.write(buffer, values / 2)
+            for buffer in self._outputs:
+                self._gpu.write(buffer, np.full(buffer.shape, np.nan))
+            # Before the calls: what they leave behind must not help the graph.
+            _ok(runtime.cudaGraphLaunch(graph, self._gpu.stream))
+            found = [self._gpu.read(buffer) for buffer in self._outputs]
+            self._run()
+            expected = [self._gpu.read(buffer) for buffer in self._outputs]
+        finally:
+            for buffer, values in zip(self._inputs, given, strict=True):
+                self._gpu.write(buffer, values)
+        return all(
+            np.allclose(one, other, rtol=0, atol=REPLAY_TOLERANCE * float(np.abs(other).max()))
+            for one, other in zip(found, expected, strict=True)
+        )
 
 
 def _remove_host_nodes(graph: Any) -> None:

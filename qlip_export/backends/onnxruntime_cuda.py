@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -22,6 +22,9 @@ from qlip_export.spec import Container, DType
 
 PROVIDER = "CUDAExecutionProvider"
 
+Graphs = Literal["none", "engine", "pattern"]
+"""What becomes one CUDA graph: nothing, every engine (by ONNX Runtime itself), or a whole bit pattern."""
+
 
 class OnnxRuntimeCudaBackend(Backend):
     """The CUDA execution provider. An engine file is the typed ONNX graph with its weights inside.
@@ -32,14 +35,12 @@ class OnnxRuntimeCudaBackend(Backend):
 
     name = "onnxruntime-cuda"
 
-    def __init__(self, *, threads: int | None, graphs: bool = False) -> None:
+    def __init__(self, *, threads: int | None, graphs: Graphs = "none") -> None:
         """Nothing touches the GPU yet.
 
         Args:
             threads: Has no meaning on a GPU.
-            graphs: Whether to start engines without waiting for them, and to record a bit pattern as one CUDA
-                graph. Off, because the one time this ran on a GPU a replayed graph did not read new latents;
-                `tests/gpu` holds it to reading them.
+            graphs: What becomes one CUDA graph; with any, engines are started without waiting for them.
         """
         self._graphs = graphs
         self._recordings: list[Recording] = []
@@ -128,9 +129,11 @@ class OnnxRuntimeCudaBackend(Backend):
             return None
         return nodes_elsewhere(self._on_gpu(engine))
 
-    def _on_gpu(self, path: Path) -> Any:
+    def _on_gpu(self, path: Path, *, graph: bool = False) -> Any:
         stream = str(int(self.gpu.stream))
         options = {"device_id": str(self.gpu.index), "user_compute_stream": stream, "use_tf32": "0"}
+        if graph:
+            options["enable_cuda_graph"] = "1"
         session = _session(path, (PROVIDER, options))
         if PROVIDER not in session.get_providers():
             raise QlipError(
@@ -144,11 +147,18 @@ class OnnxRuntimeCudaBackend(Backend):
     def load(self, path: Path, entry: EngineEntry) -> Engine:
         """See `Backend.load`."""
         self.require_device()
-        session = self._on_gpu(path)
+        graph = self._graphs == "engine"
+        try:
+            session = self._on_gpu(path, graph=graph)
+        except QlipError as error:
+            if not graph:
+                raise
+            self._fallbacks.append(f"{path.name}: not a CUDA graph: {error.found}")
+            session = self._on_gpu(path)
         elsewhere = nodes_elsewhere(session)
         if elsewhere:
             self._fallbacks.append(f"{path.name}: not on the GPU: {', '.join(elsewhere)}")
-        return _CudaEngine(session, waits=not self._graphs)
+        return _CudaEngine(session, waits=self._graphs == "none")
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """See `Backend.allocate`: memory that ONNX Runtime knows as its own, which it never copies first."""
@@ -172,18 +182,20 @@ class OnnxRuntimeCudaBackend(Backend):
 
     def _settle(self) -> None:
         """Without graphs every call is done when it returns, whatever stream ONNX Runtime copies on."""
-        if not self._graphs:
+        if self._graphs == "none":
             self.gpu.synchronize()
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
         self.gpu.synchronize()
 
-    def sequence(self, calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """See `Backend.sequence`: one CUDA graph, if they are wanted."""
-        if not self._graphs:
-            return super().sequence(calls)
-        recording = Recording(self.gpu, calls)
+    def sequence(
+        self, calls: Sequence[Callable[[], None]], inputs: Sequence[Buffer], outputs: Sequence[Buffer]
+    ) -> Callable[[], None]:
+        """See `Backend.sequence`: one CUDA graph, if that is wanted."""
+        if self._graphs != "pattern":
+            return super().sequence(calls, inputs, outputs)
+        recording = Recording(self.gpu, calls, inputs, outputs)
         self._recordings.append(recording)
         return recording
 

@@ -61,7 +61,8 @@ class Chain:
         for pattern in patterns:
             if pattern not in self._sequences:
                 calls = [call.run for call in self._plan(pattern)]
-                self._sequences[pattern] = self._backend.sequence(calls)
+                given = [b for (name, _), b in self._buffers.items() if name in self._external]
+                self._sequences[pattern] = self._backend.sequence(calls, given, [self._output(pattern)])
 
     def engines_of(self, patterns: Iterable[Pattern]) -> list[str]:
         """Return the engines that ``patterns`` run, in that order.
@@ -144,9 +145,7 @@ class Chain:
                 if call.starts_engine:
                     before()
                 call.run()
-        (output,) = self.blocks[-1].outputs
-        dtype = self._engines.entry(self._variant(self.blocks[-1], pattern[-1])).outputs[0].dtype
-        result: NDArray[np.float32] = self._backend.read(self._buffers[output, dtype])
+        result: NDArray[np.float32] = self._backend.read(self._output(pattern))
         return result
 
     def time_blocks(
@@ -208,6 +207,11 @@ class Chain:
     def _bind(self, engine: Engine, entry: EngineEntry) -> None:
         for port in (*entry.inputs, *entry.outputs):
             engine.bind(port.name, self._buffers[port.name, port.dtype])
+
+    def _output(self, pattern: Pattern) -> Buffer:
+        """Return the buffer that the last engine of ``pattern`` writes."""
+        (output,) = self._engines.entry(self._variant(self.blocks[-1], pattern[-1])).outputs
+        return self._buffers[output.name, output.dtype]
 
     def _plan(self, pattern: Pattern) -> list[_Call]:
         if pattern in self._plans:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,9 @@ from qlip_export.runtime.chain import Chain, Pattern
 from qlip_export.runtime.targets import Target, choose_target
 from qlip_export.validate import validate
 from tests.conftest import Shared
+
+if TYPE_CHECKING:
+    from qlip_export.backends.onnxruntime_cuda import Graphs
 
 
 def obstacle() -> str | None:
@@ -72,16 +75,16 @@ def on_cpu(both: Path) -> TextToImage:
 
 @pytest.fixture
 def chain(both: Path) -> Chain:
-    return open_chain(both, graphs=False)
+    return open_chain(both, "none")
 
 
 @pytest.fixture
 def recorded(both: Path) -> Chain:
     """A chain that records its patterns as CUDA graphs."""
-    return open_chain(both, graphs=True)
+    return open_chain(both, "pattern")
 
 
-def open_chain(bundle: Path, *, graphs: bool) -> Chain:
+def open_chain(bundle: Path, graphs: Graphs) -> Chain:
     from qlip_export.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
     opened = Bundle.open(bundle)
@@ -144,10 +147,10 @@ def steps(of: Chain, pattern: Pattern) -> list[np.ndarray]:
 TOLERANCE = {32: 1e-3, 16: 2e-2, 8: 5e-2}
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["engines", "graph"])
+@pytest.mark.parametrize("graphs", ["none", "engine", "pattern"])
 @pytest.mark.parametrize("bits", [8, 16, 32])
-def test_every_step_is_that_of_the_cpu(both: Path, bits: int, graphs: bool) -> None:
-    gpu = open_chain(both, graphs=graphs)
+def test_every_step_is_that_of_the_cpu(both: Path, bits: int, graphs: Graphs) -> None:
+    gpu = open_chain(both, graphs)
     cpu = Chain(Bundle.open(both), choose_target(Bundle.open(both), "onnxruntime"))
     found, expected = (steps(of, of.uniform(bits)) for of in (gpu, cpu))
     for mine, theirs in zip(found, expected, strict=True):
@@ -166,9 +169,9 @@ def test_graph_gives_what_the_engines_give_one_by_one(chain: Chain, recorded: Ch
     assert recording.nodes["kernel"] > 50
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["engines", "graph"])
-def test_patterns_that_mix_dtypes_are_cast_on_the_gpu(both: Path, graphs: bool) -> None:
-    gpu = open_chain(both, graphs=graphs)
+@pytest.mark.parametrize("graphs", ["none", "engine", "pattern"])
+def test_patterns_that_mix_dtypes_are_cast_on_the_gpu(both: Path, graphs: Graphs) -> None:
+    gpu = open_chain(both, graphs)
     cpu = Chain(Bundle.open(both), choose_target(Bundle.open(both), "onnxruntime"))
     options = (32, 16, 8, 32, 8)
     uniform = [gpu.uniform(bits) for bits in options]
@@ -228,7 +231,7 @@ def test_recording_that_fails_is_told_and_runs_all_the_same(on_gpu: TextToImage)
         gpu.synchronize()
         gpu.write(buffer, np.full(4, len(runs), dtype=np.float32))
 
-    recording = Recording(gpu, [call], eager_runs=1)
+    recording = Recording(gpu, [call], [], [buffer], eager_runs=1)
     recording()
     recording()
     assert recording.note is not None and "not recorded" in recording.note
