@@ -7,6 +7,7 @@ Needs onnxruntime-gpu, and torch with CUDA for the rows named after it. Not part
 
 from __future__ import annotations
 
+import gc
 import statistics
 import subprocess
 import sys
@@ -53,16 +54,18 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     bundles = compiled(of)
     opened = Bundle.open(bundles["coarse"])
     entry = opened.manifest.targets[BACKEND]
-    chains = {
-        graphs: Chain(opened, Target(BACKEND, entry, OnnxRuntimeCudaBackend(threads=None, graphs=graphs)))
-        for graphs in SCOPES
-    }
     rounds = QUICK_ROUNDS if quick else ROUNDS
     rows = []
     for bits in BITS:
+        chains = {
+            graphs: Chain(opened, Target(BACKEND, entry, OnnxRuntimeCudaBackend(threads=None, graphs=graphs)))
+            for graphs in SCOPES
+        }
         rows.append(_row(of, bundles["whole"], chains, bits, rounds))
         print(f"  {rows[-1]}", file=sys.stderr, flush=True)
-    return {"gpu": gpu_name(), "blocks": len(chains["none"].blocks), "rows": rows}
+        chains.clear()  # sessions of all rows together fill 80 GB
+        gc.collect()
+    return {"gpu": gpu_name(), "blocks": len(opened.manifest.blocks), "rows": rows}
 
 
 def _row(of: Subject, whole: Path, chains: dict[Graphs, Chain], bits: int, rounds: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import Field, JsonValue
 
 from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend, Capabilities
+from qlip_export.backends.memory import available_memory_bytes
 from qlip_export.backends.options import CompileOptions
 from qlip_export.bundle import Bundle, Compiled, EngineEntry, Manifest, TargetEntry, TimingEntry
 from qlip_export.errors import QlipError
@@ -20,6 +21,11 @@ from qlip_export.files import content_key, sha256_of
 from qlip_export.progress import Progress
 from qlip_export.spec import Container, Frozen, container_of
 from qlip_export.workspace import Workspace
+
+MEMORY_BASE = 300_000_000
+"""Bytes of a process that has loaded a compiler."""
+MEMORY_WEIGHT = 13
+"""Bytes for each weight of an engine while it is made; fitted to OpenVINO and BK-SDM-Tiny, as in `plan`."""
 
 
 class CompileReport(Frozen):
@@ -48,6 +54,8 @@ class Preflight(Frozen):
     there: int = Field(description="engines that are there already")
     need: int = Field(description="bytes of disk, roughly: the new engines and the largest one once more")
     free: int = Field(description="bytes of disk")
+    memory: int = Field(description="bytes of memory at the peak, roughly, while the largest engine is made")
+    available: int | None = Field(description="bytes of memory; none where the system does not tell")
 
 
 def compile_bundle(
@@ -167,6 +175,8 @@ def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], fo
         there=len(manifest.containers) - len(missing),
         need=sum(sizes) + max(sizes, default=0),
         free=shutil.disk_usage(folder).free,
+        memory=MEMORY_BASE + MEMORY_WEIGHT * max((_weights(manifest, onnx) for onnx in missing), default=0),
+        available=available_memory_bytes(),
     )
 
 
@@ -174,9 +184,10 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
     """Show a preflight.
 
     Raises:
-        QlipError: The disk cannot hold the engines.
+        QlipError: The disk cannot hold the engines, or the memory their making.
     """
     need, free = f"{found.need / 1e6:,.0f} MB", f"{found.free / 1e6:,.0f} MB"
+    memory, available = (f"{(size or 0) / 1e6:,.0f} MB" for size in (found.memory, found.available))
     if found.need > found.free:
         raise QlipError(
             f"the disk cannot hold {len(found.missing)} engines of {found.backend}",
@@ -184,9 +195,27 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
             found=f"{free} free",
             fix="free space and run the same command again",
         )
+    if found.missing and found.available is not None and found.memory > found.available:
+        raise QlipError(
+            f"memory cannot hold the compilation of the largest engine of {found.backend}",
+            expected=f"about {memory}",
+            found=f"{available} available",
+            fix="free memory, or export the model in smaller blocks (--blocks fine)",
+        )
     engines = f"{len(found.missing)} engines to build, {found.there} there"
     room = f"; they take roughly {need} of disk, {free} are free" if found.missing else ""
+    if found.missing and found.available is not None:
+        room += f", and up to {memory} of memory, {available} are available"
     progress.note(f"{found.backend} for {found.device}: {engines}{room}")
+
+
+def _weights(manifest: Manifest, onnx: str) -> int:
+    """Return how many weights the engine of an ONNX file has."""
+    for block in manifest.blocks:
+        if any(variant.onnx == onnx for variant in block.variants.values()):
+            return sum(layer.weights for layer in block.layers)
+    weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
+    return weights_file.size // Container.FLOAT.nbytes if weights_file else 0
 
 
 def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:

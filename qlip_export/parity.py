@@ -67,3 +67,12 @@ def save_case(
     command += ["--atol", *(f"{output}:{tolerance * size:.3g}" for output, size in sizes.items())]
     command += ["--rtol", f"{tolerance:g}", "--check-error-stat", "mean"]
     return shlex.join(command)
+
+
+def for_engine(command: str, engine: Path, *, rtx: bool) -> str:
+    """Return a command of `save_case` for an engine of TensorRT or TensorRT-RTX instead of the graph."""
+    words = shlex.split(command)
+    words[2] = str(engine)
+    at = words.index("--onnxrt")
+    words[at : at + 1] = ["--trt", "--model-type", "engine"]
+    return ("POLYGRAPHY_USE_TENSORRT_RTX=1 " if rtx else "") + shlex.join(words)

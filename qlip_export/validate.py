@@ -21,7 +21,7 @@ from pydantic import Field
 from qlip_export.bundle import BlockEntry, Bundle, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
-from qlip_export.parity import save_case
+from qlip_export.parity import for_engine, save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Pattern
@@ -40,8 +40,8 @@ DEFAULT_SESSION = 1e-2
 Linear layers with 4-bit weights as it runs. The comparison here switches that off."""
 
 NOTE_INT8 = (
-    "INT8 cases were saved without a command: ONNX Runtime 1.32 breaks Q/DQ graphs by its default fusions, "
-    "and polygraphy cannot switch these off"
+    "INT8 cases were saved without a command for ONNX Runtime: 1.32 breaks Q/DQ graphs by its default "
+    "fusions, and polygraphy cannot switch these off"
 )
 
 LEAST_PSNR = {Container.FLOAT: 45.0, Container.HALF: 30.0}
@@ -253,9 +253,12 @@ def _compare_blocks(
                 command = save_case(
                     save, case, onnx, feeds, outputs, max(rows[-1].tolerance, DEFAULT_SESSION)
                 )
-                commands += (
-                    [] if int8 else [command]
-                )  # ONNX Runtime's default fusions break Q/DQ, see NOTE_INT8
+                if not int8:  # ONNX Runtime's default fusions break Q/DQ, see NOTE_INT8
+                    commands.append(command)
+                if pipeline.backend.name.startswith("tensorrt"):
+                    plan = bundle.file(entry.path)
+                    rtx = pipeline.backend.name == "tensorrt-rtx"
+                    commands.append(for_engine(command, plan, rtx=rtx))
         for value, made in zip(values, exact, strict=True):
             value.update(made)
     return rows, commands

@@ -324,6 +324,19 @@ def test_disk_that_cannot_hold_the_engines(cli: Cli, mine: Path, monkeypatch: py
     assert beside(mine) == []
 
 
+def test_memory_that_cannot_hold_the_largest_engine(
+    cli: Cli, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip_export.compile.available_memory_bytes", lambda: 10_000_000)
+    done = cli("compile", mine, "--backend", "onnxruntime", "--json")
+    assert done.code == 2
+    error = json.loads(done.out)["error"]
+    assert error["problem"] == "memory cannot hold the compilation of the largest engine of onnxruntime"
+    assert error["found"] == "10 MB available"
+    assert beside(mine) == []
+    assert Bundle.open(mine).manifest.targets == {}
+
+
 def test_preflight_is_an_upper_bound_of_the_engines(
     exported: Path, both: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

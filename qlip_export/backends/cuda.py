@@ -274,7 +274,7 @@ class Recording:
                 runtime.cudaGraphDestroy(graph)
 
     def _is_faithful(self, graph: Any) -> bool:
-        """Return whether a replay gives what the calls give, on inputs other than those it was recorded with."""
+        """Return whether a replay gives what the calls give, on inputs that it was not recorded with."""
         given = [self._gpu.read(buffer) for buffer in self._inputs]
         try:
             for buffer, values in zip(self._inputs, given, strict=True):

@@ -65,6 +65,15 @@ def resident_bytes() -> int:
     return _field("VmRSS") or 0
 
 
+def available_memory_bytes() -> int | None:
+    """Return what new allocations may take without swapping, or ``None`` where the system cannot tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def peak_resident_bytes() -> int | None:
     """Return the most that was resident since `reset_peak`, or ``None`` where the system cannot tell."""
     return _field("VmHWM") if os.access(_CLEAR, os.W_OK) else None

@@ -35,7 +35,7 @@ class OnnxRuntimeCudaBackend(Backend):
 
     name = "onnxruntime-cuda"
 
-    def __init__(self, *, threads: int | None, graphs: Graphs = "none") -> None:
+    def __init__(self, *, threads: int | None, graphs: Graphs = "pattern") -> None:
         """Nothing touches the GPU yet.
 
         Args:

@@ -68,4 +68,5 @@ class TensorRtBackend(TensorRtFamily):
 
     def check_target(self, target: TargetEntry, rebuild: str) -> None:
         """See `Backend.check_target`."""
+        super().check_target(target, rebuild)
         check_fit(target, tensorrt.__version__, self._gpu, rebuild)

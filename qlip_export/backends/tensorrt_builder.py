@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX share at build time: their API as a type, log, progress, what was read."""
+"""What TensorRT and TensorRT-RTX share: their API as a type, log, progress, what was read."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Library(Protocol):
 
     Builder: type[tensorrt.Builder]
     BuilderFlag: type[tensorrt.BuilderFlag]
+    ExecutionContextAllocationStrategy: type[tensorrt.ExecutionContextAllocationStrategy]
     HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
     ILogger: type[tensorrt.ILogger]
     IProgressMonitor: type[tensorrt.IProgressMonitor]
@@ -45,6 +46,7 @@ class Library(Protocol):
     OnnxParser: type[tensorrt.OnnxParser]
     ProfilingVerbosity: type[tensorrt.ProfilingVerbosity]
     Runtime: type[tensorrt.Runtime]
+    TensorIOMode: type[tensorrt.TensorIOMode]
 
 
 T = TypeVar("T")

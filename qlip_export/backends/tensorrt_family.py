@@ -7,28 +7,25 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from qlip_export.backends import tensorrt_builder as shared
-from qlip_export.backends.base import Backend, Buffer, Engine
 from qlip_export.backends.options import CompileOptions, refused
-from qlip_export.bundle import Compiled, EngineEntry, EngineFacts, TargetEntry
+from qlip_export.backends.tensorrt_runtime import TensorRtRuntime
+from qlip_export.bundle import Compiled, EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import written_aside
 from qlip_export.progress import Progress, Silent
-from qlip_export.spec import Asked, Container, DType
+from qlip_export.spec import Asked, Container
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import tensorrt
 
 
-class TensorRtFamily(Backend):
+class TensorRtFamily(TensorRtRuntime):
     """Strongly typed networks: the graph's types are the engine's, TF32 is off unless asked for."""
 
-    title: ClassVar[str]
     lacks: ClassVar[Mapping[str, str]]
     """Why the library does not take an option, by the option's name."""
 
@@ -36,11 +33,6 @@ class TensorRtFamily(Backend):
         """Nothing to prepare; ``threads`` has no meaning on a GPU."""
         self._options = CompileOptions()
         self._progress: Progress = Silent()
-
-    @property
-    def library(self) -> shared.Library:
-        """The vendor's module."""
-        raise NotImplementedError
 
     @property
     def options(self) -> CompileOptions:
@@ -174,7 +166,10 @@ class TensorRtFamily(Backend):
     ) -> EngineFacts:
         """Return what the engine inspector tells; what was parsed where the engine cannot be loaded here."""
         trt = self.library
-        engine = shared.maybe(trt.Runtime(log).deserialize_cuda_engine(plan))
+        runtime = trt.Runtime(log)
+        if self._options.version_compat:
+            runtime.engine_host_code_allowed = True
+        engine = shared.maybe(runtime.deserialize_cuda_engine(plan))
         if engine is None:
             return parsed
         inspector = engine.create_engine_inspector()
@@ -196,37 +191,6 @@ class TensorRtFamily(Backend):
         else:
             fix = "compile this bundle with another backend"
         raise QlipError(f"{self._version} {what} {locate(onnx, told)}", found=told, fix=fix)
-
-    def require_device(self) -> None:
-        """See `Backend.require_device`."""
-        self._cannot_run()
-
-    def load(self, path: Path, entry: EngineEntry) -> Engine:
-        """See `Backend.load`."""
-        self._cannot_run()
-
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
-        """See `Backend.allocate`."""
-        self._cannot_run()
-
-    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """See `Backend.write`."""
-        self._cannot_run()
-
-    def read(self, buffer: Buffer) -> NDArray[Any]:
-        """See `Backend.read`."""
-        self._cannot_run()
-
-    def cast(self, source: Buffer, target: Buffer) -> None:
-        """See `Backend.cast`."""
-        self._cannot_run()
-
-    def _cannot_run(self) -> NoReturn:
-        raise QlipError(
-            f"qlip-export compiles engines of {self.name}, but cannot run them yet",
-            expected=f"the engines run in {self._version} on {self.capabilities.device}",
-            fix=f"load the *.plan files with {self.title} itself, or choose another --backend",
-        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from qlip_export.backends import tensorrt_builder as shared
 from qlip_export.backends.base import Capabilities
 from qlip_export.backends.options import CompileOptions
 from qlip_export.backends.tensorrt_family import TensorRtFamily
-from qlip_export.bundle import EngineFacts
+from qlip_export.bundle import EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, Container
@@ -88,6 +88,31 @@ class TensorRtRtxBackend(TensorRtFamily):
             )
         super().prepare(options, progress)
 
+    def check_target(self, target: TargetEntry, rebuild: str) -> None:
+        """See `Backend.check_target`: were they compiled for this GPU? Versions are told by each engine."""
+        super().check_target(target, rebuild)
+        major, minor = self.gpu.capability
+        named = target.options.get("target") or [*GPUS, f"sm12{minor}"]
+        if f"sm{major}{minor}" not in (named if isinstance(named, list) else []):
+            raise QlipError(
+                "the engines were not compiled for this GPU",
+                expected=target.device,
+                found=f"{self.gpu.name}, compute capability {major}.{minor}",
+                fix=rebuild if f"sm{major}{minor}" in GPUS else "compile here with --backend tensorrt",
+            )
+
+    def check_plan(self, path: Path, plan: bytes) -> None:
+        """See `TensorRtRuntime.check_plan`: the library's own diagnosis."""
+        against, told = diagnose(plan)
+        if against:
+            raise QlipError(
+                f"TensorRT-RTX does not run {path.name} here: "
+                + "; ".join(DIAGNOSES.get(name, name) for name in against),
+                expected=self._made,
+                found=f"TensorRT-RTX {tensorrt_rtx.__version__}: {told}",
+                fix=self._rebuild,
+            )
+
     def _facts(
         self, log: tensorrt.ILogger, plan: bytes, asked: Mapping[str, Asked], parsed: EngineFacts
     ) -> EngineFacts:
@@ -116,26 +141,3 @@ def diagnose(plan: bytes) -> tuple[tuple[str, ...], str]:
     _, bits = runtime.get_engine_validity(plan)
     found = tensorrt_rtx.EngineInvalidityDiagnostics.__members__
     return tuple(name for name, flag in found.items() if bits & flag.value), messages.text
-
-
-def check_plan(path: Path, plan: bytes, made: str, rebuild: str) -> None:
-    """Make sure that TensorRT-RTX loads an engine here.
-
-    Args:
-        path: Of the engine.
-        plan: Its bytes.
-        made: Version and devices that it was compiled with and for.
-        rebuild: The command that makes one which runs here.
-
-    Raises:
-        QlipError: It does not; names both sides.
-    """
-    against, told = diagnose(plan)
-    if against:
-        raise QlipError(
-            f"TensorRT-RTX does not run {path.name} here: "
-            + "; ".join(DIAGNOSES.get(name, name) for name in against),
-            expected=made,
-            found=f"TensorRT-RTX {tensorrt_rtx.__version__}: {told}",
-            fix=rebuild,
-        )

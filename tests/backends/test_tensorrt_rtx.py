@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlip_export.backends import cuda
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, EngineEntry, Manifest
+from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry
 from qlip_export.compile import compile_bundle, preflight
 from qlip_export.errors import QlipError
 from qlip_export.graph.cast import cast_to_half
@@ -21,6 +22,7 @@ from qlip_export.progress import Silent
 from qlip_export.runtime.targets import choose_target
 from qlip_export.spec import Container, WeightBits
 from tests import tamper
+from tests.backends.stand_in_cuda import StandInRuntime
 from tests.conftest import Cli
 from tests.graph.conftest import graph
 from tests.graph.test_weights import bound, store
@@ -218,18 +220,73 @@ def test_running_is_one_clear_error(
     done = cli(command[0], small, *command[1:], "--backend", "tensorrt-rtx", "--json")
     assert (done.code, done.err.count("error: ")) == (2, 1)
     error = json.loads(done.out)["error"]
-    assert error["problem"] == "qlip-export compiles engines of tensorrt-rtx, but cannot run them yet"
-    assert "compute capability 8.0, 8.6, 8.9 and 12.x" in error["expected"]
+    assert error["problem"] == "engines of TensorRT-RTX run on NVIDIA GPUs; none is at hand"
+    assert error["fix"] == "choose another --backend"
 
 
 def test_file_that_is_no_engine_is_refused_with_both_sides(tmp_path: Path, rtx: Any) -> None:
-    from qlip_export.backends.tensorrt_rtx import check_plan
-
+    rtx._made, rtx._rebuild = "TensorRT-RTX 1.6", "qlip-export compile b"
     with pytest.raises(QlipError, match=r"does not run x\.plan here: it is no engine") as caught:
-        check_plan(tmp_path / "x.plan", bytes(1000), "TensorRT-RTX 1.6", "qlip-export compile b")
+        rtx.check_plan(tmp_path / "x.plan", bytes(1000))
     assert caught.value.expected == "TensorRT-RTX 1.6"
     assert str(caught.value.found).startswith(f"TensorRT-RTX {rtx.capabilities.version}")
     assert caught.value.fix == "qlip-export compile b"
+
+
+def test_real_engine_is_loaded_as_far_as_a_machine_without_a_gpu_goes(
+    small: Path, rtx: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library takes its own engine for one, and then finds no driver."""
+    if cuda.gpu_count() > 0:
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(cuda, "runtime", StandInRuntime())
+    bundle = Bundle.open(small)
+    target = bundle.manifest.targets["tensorrt-rtx"]
+    rtx.check_target(target.model_copy(update={"options": {"target": ["sm90"]}}), "qlip-export compile b")
+    entry = target.engines["onnx/stem.a8.onnx"]
+    with pytest.raises(QlipError, match=r"stem\.a8\.plan: the engine cannot be loaded") as caught:
+        rtx.load(bundle.root / entry.path, entry)
+    assert "CUDA driver version is insufficient" in str(caught.value.found)
+    assert caught.value.expected == f"TensorRT-RTX {target.version} for {target.device}"
+    assert caught.value.fix == "qlip-export compile b"
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "fix"),
+    [
+        ((8, 9), {}, None),
+        ((12, 0), {}, None),
+        ((8, 9), {"target": ["sm86"]}, "rebuild"),
+        ((8, 6), {"target": ["sm86"]}, None),
+        ((9, 0), {}, "compile here with --backend tensorrt"),
+        ((8, 7), {}, "compile here with --backend tensorrt"),
+    ],
+)
+def test_gpu_that_engines_were_not_compiled_for_is_named(
+    rtx: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    options: dict[str, Any],
+    fix: str | None,
+) -> None:
+    monkeypatch.setattr(cuda, "runtime", StandInRuntime())
+    rtx.gpu.capability = capability
+    target = TargetEntry(
+        backend="tensorrt-rtx",
+        version="1.7",
+        device="these GPUs",
+        half="float16",
+        options=options,
+        engines={},
+    )
+    if fix is None:
+        rtx.check_target(target, "rebuild")
+        return
+    with pytest.raises(QlipError, match="not compiled for this GPU") as caught:
+        rtx.check_target(target, "rebuild")
+    assert caught.value.expected == target.device
+    assert caught.value.found == f"stand-in, compute capability {capability[0]}.{capability[1]}"
+    assert caught.value.fix == fix
 
 
 @pytest.mark.slow
