@@ -168,8 +168,20 @@ class Gpu:
 
 
 def compile_kernels(architecture: str) -> bytes:
-    """Return the machine code of the casts for an architecture, e.g. ``sm_90``; needs no GPU."""
-    program = _ok(nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"casts.cu", 0, [], []))
+    """Return the machine code of the casts for an architecture, e.g. ``sm_90``; needs no GPU.
+
+    Raises:
+        QlipError: NVRTC, which compiles them, is not installed.
+    """
+    try:
+        program = _ok(nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"casts.cu", 0, [], []))
+    except RuntimeError as error:  # the bindings found no library
+        raise QlipError(
+            "blocks of different precision are cast on the GPU by kernels that NVRTC compiles",
+            expected="libnvrtc, of the CUDA toolkit or of a package",
+            found=str(error).strip(),
+            fix="pip install nvidia-cuda-nvrtc",
+        ) from error
     option = f"--gpu-architecture={architecture}".encode()
     (error,) = nvrtc.nvrtcCompileProgram(program, 1, [option])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:

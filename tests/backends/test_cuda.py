@@ -173,3 +173,12 @@ def test_casts_compile_without_a_gpu() -> None:
     assert compile_kernels("sm_90")[:4] == b"\x7fELF"
     with pytest.raises(QlipError, match="sm_1"):
         compile_kernels("sm_1")
+
+
+def test_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object) -> None:
+        raise RuntimeError('Failure finding "libnvrtc.so.13"')
+
+    monkeypatch.setattr(cuda.nvrtc, "nvrtcCreateProgram", missing)
+    with pytest.raises(QlipError, match=r"libnvrtc\.so\.13(.|\n)*pip install nvidia-cuda-nvrtc"):
+        compile_kernels("sm_90")
