@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
 from qlip_export.backends.memory import measure_engine
-from qlip_export.bundle import Compiled, EngineEntry, EngineMemory, TensorEntry
+from qlip_export.bundle import Compiled, EngineEntry, EngineFacts, EngineMemory, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
 
@@ -86,6 +89,26 @@ class OnnxRuntimeBackend(Backend):
         return Compiled(
             inputs=tuple(_entry(p) for p in session.get_inputs()),
             outputs=tuple(_entry(p) for p in session.get_outputs()),
+            facts=self._facts(engine, container),
+        )
+
+    def _facts(self, engine: Path, container: Container) -> EngineFacts:
+        """Return what the profiler tells of one run: each kernel, and the type of its first input."""
+        with tempfile.TemporaryDirectory(prefix=".profile-", dir=engine.parent) as folder:
+            options = self._options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "run")
+            session = self._session(engine, options, container)
+            ports = [_entry(port) for port in session.get_inputs()]
+            session.run(None, {port.name: np.zeros(port.shape, np.dtype(port.dtype)) for port in ports})
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        kernels = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
+        types = Counter(_type_of(kernel.get("input_type_shape") or []) for kernel in kernels)
+        return EngineFacts(
+            source="engine",
+            layers=len(kernels),
+            precisions=dict(sorted(types.items())),
+            wrong={},  # where a CPU has no kernels for a type, computing in FP32 is what was meant
         )
 
     def measure(self, path: Path, entry: EngineEntry) -> EngineMemory | None:
@@ -142,6 +165,13 @@ class _OnnxRuntimeEngine(Engine):
 
     def release(self) -> bool:
         return False  # an arena shrinks at the end of a run or not at all
+
+
+def _type_of(inputs: list[dict[str, Any]]) -> str:
+    if not inputs:
+        return "none"
+    (name,) = inputs[0]
+    return "int4" if name == "Int4x2" else str(_FROM_ORT.get(f"tensor({name})", name))
 
 
 def _entry(port: Any) -> TensorEntry:

@@ -41,6 +41,21 @@ def test_engines_stand_alone(ort_bundle: Path) -> None:
         assert not any(t.external_data for t in model.graph.initializer), path.name
 
 
+def test_manifest_says_what_kernels_compute_in(bundle: Path, tmp_path: Path) -> None:
+    """A CPU without FP16 kernels multiplies in FP32: the layers of an FP16 graph are widened."""
+    facts = {}
+    for bits, container in ((32, Container.FLOAT), (16, Container.HALF)):
+        onnx_file = bundle / f"onnx/down_blocks.0.a{bits}.onnx"
+        made = OnnxRuntimeBackend(threads=1).compile(onnx_file, tmp_path / f"{bits}.ort.onnx", container)
+        assert made.facts is not None
+        facts[bits] = made.facts
+        assert facts[bits].source == "engine"
+        assert sum(facts[bits].precisions.values()) == facts[bits].layers > 20
+    assert "float16" not in facts[32].precisions
+    assert facts[16].precisions["float16"] > 0 and facts[16].precisions["float32"] > 0
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["16.ort.onnx", "32.ort.onnx"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int64"])
 def test_what_is_written_is_read_back(dtype: str) -> None:
     backend = OnnxRuntimeBackend(threads=1)
