@@ -175,13 +175,13 @@ def compile_kernels(architecture: str) -> bytes:
     """
     try:
         program = _ok(nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"casts.cu", 0, [], []))
-    except RuntimeError as error:  # the bindings found no library
+    except RuntimeError as missing:  # the bindings found no library
         raise QlipError(
             "blocks of different precision are cast on the GPU by kernels that NVRTC compiles",
             expected="libnvrtc, of the CUDA toolkit or of a package",
-            found=str(error).strip(),
+            found=str(missing).strip(),
             fix="pip install nvidia-cuda-nvrtc",
-        ) from error
+        ) from missing
     option = f"--gpu-architecture={architecture}".encode()
     (error,) = nvrtc.nvrtcCompileProgram(program, 1, [option])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
