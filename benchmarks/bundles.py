@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,15 +118,35 @@ def _calibrate(of: Subject) -> None:
 
 
 def run_measured(command: list[str]) -> tuple[str, int]:
-    """Run a command; return its stdout and the peak of its resident memory in bytes."""
+    """Run a command; return its stdout and the peak of its resident memory in bytes.
+
+    A build that measures its engines resets the kernel's own peak, so that one is read all along.
+    """
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        peaks, ended = [0], threading.Event()
+        watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended))
+        watcher.start()
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
+        ended.set()
+        watcher.join()
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}: {output}")
-    return output, usage.ru_maxrss * 1024
+    return output, max(*peaks, usage.ru_maxrss * 1024)
+
+
+def _watch(process: int, peaks: list[int], ended: threading.Event) -> None:
+    """Add the kernel's peak of a process, in bytes, to a list until the process has ended."""
+    status = Path(f"/proc/{process}/status")
+    while not ended.wait(0.02):
+        try:
+            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        except OSError:
+            return
+        if found:
+            peaks[:] = [max(*peaks, int(found[1]) * 1024)]
 
 
 if __name__ == "__main__":
