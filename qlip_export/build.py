@@ -207,7 +207,7 @@ def _run(options: BuildOptions, out: Path, backend_name: str | None, progress: P
     with Workspace.open(
         out, lambda: progress.note(f"another build is writing {out}; waiting for it")
     ) as workspace:
-        chooser = _chooser(options, policy, steps, checkpoint, folder, backend, workspace)
+        chooser = _chooser(options, policy, steps, checkpoint, sizes, folder, backend, workspace)
         exporter = Exporter(
             checkpoint,
             sizes,
@@ -267,6 +267,7 @@ def _chooser(
     policy: SelectedPolicy | None,
     steps: int,
     checkpoint: Checkpoint,
+    sizes: Sequence[Shapes],
     folder: Path | None,
     backend: Backend | None,
     workspace: Workspace,
@@ -282,7 +283,6 @@ def _chooser(
     if backend is None and (options.max_engine_bytes is not None or options.target_latency is not None):
         option = "--max-engine-bytes" if options.max_engine_bytes is not None else "--target-latency"
         raise QlipError(f"{option} is about engines, and an export makes none", fix="qlip-export build")
-    batch_sizes = [size.batch_size or 1 for size in options.image_sizes]
     qualities: list[float] = []
     if options.precision == "layer":
         path = own_prompts(folder, CALIBRATION)
@@ -293,11 +293,11 @@ def _chooser(
         qualities,
         Limits(options.max_variants, options.max_engine_bytes, options.target_fab, options.target_latency),
         hardware(
-            backend, options.weight_bits, folder, policy.denoiser, batch_sizes[0], previous=workspace.out
+            backend, options.weight_bits, folder, policy.denoiser, sizes[0].latents, previous=workspace.out
         ),
         precision=options.precision,
         fuse=options.fuse,
-        batches=max(batch_sizes) > 1,
+        batches=any(shapes.batch_size > 1 for shapes in sizes),
     )
 
 

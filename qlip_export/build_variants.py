@@ -78,7 +78,7 @@ def hardware(
     weight_bits: WeightBits,
     folder: Path | None,
     denoiser: str,
-    batch_size: int,
+    latents: tuple[int, ...],
     *,
     previous: Path,
 ) -> Hardware:
@@ -89,7 +89,7 @@ def hardware(
         weight_bits: Of the build.
         folder: The calibration; its ``latency.json`` counts if it is of this device.
         denoiser: Fingerprint.
-        batch_size: Of the build.
+        latents: Their shape in the build, (N, C, H, W).
         previous: The bundle that the build replaces, if there is one: its engines may have been timed.
     """
     if backend is None:
@@ -97,14 +97,14 @@ def hardware(
     can = backend.capabilities
     path = folder / "latency.json" if folder is not None else None
     times = Latencies.model_validate_json(path.read_text()) if path is not None and path.is_file() else None
-    wanted = (backend.name, can.device, denoiser, batch_size)
+    wanted = (backend.name, can.device, denoiser, latents)
     fits = times is not None and wanted == (
         times.backend,
         times.device,
         times.fingerprint,
-        times.batch_size,
+        times.latents,
     )
-    measured = _timed(previous, backend, weight_bits, denoiser, batch_size)
+    measured = _timed(previous, backend, weight_bits, denoiser, latents)
     uniform = {
         block: {bits[0]: found for bits, found in variants.items() if len(set(bits)) == 1}
         for block, variants in measured.items()
@@ -117,21 +117,21 @@ def hardware(
 
 
 def _timed(
-    previous: Path, backend: Backend, weight_bits: WeightBits, denoiser: str, batch_size: int
+    previous: Path, backend: Backend, weight_bits: WeightBits, denoiser: str, latents: tuple[int, ...]
 ) -> dict[str, dict[tuple[int, ...], float]]:
     """Return the milliseconds of a bundle's variants, block -> bits of its quantized layers -> a call.
 
     A variant that is slower than another of at least its bits takes the time of that one, which runs instead.
     A block without quantized layers counts as one layer. Nothing is known from no bundle, from one of another
-    version or model, and from one whose engines were made for another device.
+    version, model or size, and from one whose engines were made for another device.
     """
     try:
         manifest = Bundle.open(previous).manifest
     except QlipError:
         return {}
     target, can = manifest.targets.get(backend.name), backend.capabilities
-    same = (manifest.model.fingerprint, manifest.shapes.batch_size, manifest.quantization.weight_bits)
-    if target is None or target.timing is None or same != (denoiser, batch_size, weight_bits):
+    same = (manifest.model.fingerprint, manifest.shapes.latents, manifest.quantization.weight_bits)
+    if target is None or target.timing is None or same != (denoiser, latents, weight_bits):
         return {}
     if (target.device, target.version) != (can.device, can.version):
         return {}

@@ -86,7 +86,10 @@ def told(error: dict[str, Any]) -> str:
     [
         (
             ["--backend", "tensorrrt"],
-            ["unknown backend 'tensorrrt'", "auto, onnxruntime-cuda, openvino, onnxruntime, tensorrt"],
+            [
+                "unknown backend 'tensorrrt'",
+                "auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino, onnxruntime",
+            ],
         ),
         (["--scheduler", "heun"], ["heun", "dpmsolver++, ddim, euler, pndm"]),
         (["--bits", "16,8"], ["the bit options must increase", "found: 16,8"]),

@@ -184,11 +184,12 @@ def test_engines_that_do_not_run_here_are_not_timed(bundle: Path, tmp_path: Path
 def test_a_build_plans_by_the_times_of_the_bundle_that_it_replaces(mine: Path, tmp_path: Path) -> None:
     from qlip_export.build_variants import hardware
 
-    def known(previous: Path, batch_size: int = 1) -> dict[str, Any]:
+    def known(previous: Path, *, batch_size: int = 1, wider: int = 0) -> dict[str, Any]:
         manifest = Bundle.open(mine).manifest
         backend, bits = get_backend("openvino"), manifest.quantization.weight_bits
-        model = manifest.model.fingerprint
-        found = hardware(backend, bits, None, model, batch_size, previous=previous)
+        _, channels, height, width = manifest.shapes.latents
+        latents = (batch_size, channels, height, width + wider)
+        found = hardware(backend, bits, None, manifest.model.fingerprint, latents, previous=previous)
         assert {n: {b[0]: t for b, t in of.items()} for n, of in found.measured.items()} == found.milliseconds
         return {**found.milliseconds}
 
@@ -197,7 +198,7 @@ def test_a_build_plans_by_the_times_of_the_bundle_that_it_replaces(mine: Path, t
     found = known(mine)
     # What runs at 8 bits there is the engine at 32, which takes as long as the others.
     assert found["up_blocks.0"] == found["up_blocks.1"] == {8: 1.0, 16: 1.0, 32: 1.0}
-    assert known(mine, batch_size=2) == {}
+    assert known(mine, batch_size=2) == known(mine, wider=8) == {}
     assert known(tmp_path / "nothing") == {}
     tamper.edit_manifest(mine, lambda m: m["targets"]["openvino"].update(device="another"))
     assert known(mine) == {}

@@ -22,13 +22,13 @@ class Source(NamedTuple):
 
 
 BACKENDS: dict[str, Source] = {
+    "tensorrt": Source("qlip_export.backends.tensorrt", "TensorRtBackend", "tensorrt"),
+    "tensorrt-rtx": Source("qlip_export.backends.tensorrt_rtx", "TensorRtRtxBackend", "tensorrt_rtx"),
     "onnxruntime-cuda": Source(
         "qlip_export.backends.onnxruntime_cuda", "OnnxRuntimeCudaBackend", "onnxruntime", "onnxruntime-gpu"
     ),
     "openvino": Source("qlip_export.backends.openvino", "OpenVINOBackend", "openvino"),
     "onnxruntime": Source("qlip_export.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
-    "tensorrt": Source("qlip_export.backends.tensorrt", "TensorRtBackend", "tensorrt"),
-    "tensorrt-rtx": Source("qlip_export.backends.tensorrt_rtx", "TensorRtRtxBackend", "tensorrt_rtx"),
 }
 """Backends by name, in the order in which they are preferred where nobody chooses."""
 

@@ -24,7 +24,7 @@ class Latencies(Frozen):
     version: str
     device: str
     fingerprint: str = Field(description="of the denoiser")
-    batch_size: int
+    latents: tuple[int, int, int, int]
     milliseconds: dict[str, dict[int, float]] = Field(description="block -> bits -> median of a call")
 
 
@@ -44,7 +44,7 @@ def measure_latencies(bundle: Path, path: Path) -> Latencies:
         version=target.version,
         device=target.device,
         fingerprint=manifest.model.fingerprint,
-        batch_size=manifest.shapes.batch_size,
+        latents=manifest.shapes.latents,
         milliseconds={
             block: {bits: round(1000 * times[variant_name(bits)], 4) for bits in loaded.bundle.uniform}
             for block, times in loaded.chain.time_blocks(REPEATS).items()

@@ -27,7 +27,7 @@ def write(path: Path, milliseconds: dict[str, dict[int, float]] | None = None) -
         version="0",
         device="CPU",
         fingerprint="a" * 64,
-        batch_size=1,
+        latents=(1, 4, 8, 8),
         milliseconds=TIMES if milliseconds is None else milliseconds,
     )
     path.write_text(found.model_dump_json(), encoding="utf-8")
