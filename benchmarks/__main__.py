@@ -1,4 +1,4 @@
-"""Measure, then `python -m benchmarks tables` writes docs/benchmarks.md.
+"""Measure into benchmarks/results/, then `python -m benchmarks tables` writes docs/benchmarks.md.
 
 python -m benchmarks                                   # everything: about 30 minutes on two cores
 python -m benchmarks chain images --shape emoji --quick
@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from benchmarks.bundles import OUT, SHAPES, Subject, subject
+from benchmarks.bundles import OUT, RESULTS, SHAPES, Subject, subject
 from benchmarks.machine import machine
 from benchmarks.timing import THREADS
 
@@ -76,7 +76,7 @@ def _measure(name: str, of: Subject, *, quick: bool) -> None:
         "machine": where,
         "result": result,
     }
-    path = OUT / f"{name}-{shape}.json"
+    path = RESULTS / f"{name}-{shape}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{path}", file=sys.stderr)
 

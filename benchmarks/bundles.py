@@ -20,6 +20,8 @@ from typing import Any
 from benchmarks.shapes import write_bk_sdm_tiny
 
 OUT = Path(__file__).resolve().parent / "out"
+RESULTS = Path(__file__).resolve().parent / "results"
+"""What was measured, a file for each benchmark and shape; the tables of the documents are made of them."""
 BITS = (8, 16, 32)
 SHAPES = ("emoji", "bk-sdm-tiny")
 

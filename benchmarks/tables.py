@@ -1,4 +1,4 @@
-"""Render docs/benchmarks.md from the results under benchmarks/out/."""
+"""Render docs/benchmarks.md from the results under benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bundles import OUT, SHAPES
+from benchmarks.bundles import RESULTS, SHAPES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 NOTES = Path(__file__).resolve().parent / "notes.md"
@@ -25,10 +25,9 @@ CUDA_NOTES = NOTES.with_name("notes-cuda.md")
 
 
 def write() -> None:
-    """Write the page of `benchmarks/notes.md`, and that of the GPU if it was measured here."""
+    """Write the page of `benchmarks/notes.md`, and that of the GPU."""
     fill(NOTES, PAGE, tables)
-    if any(OUT.glob("cuda-*.json")):
-        fill(CUDA_NOTES, CUDA_PAGE, tables)
+    fill(CUDA_NOTES, CUDA_PAGE, tables)
 
 
 def fill(notes: Path, page: Path, tables_of: Callable[[str], str]) -> None:
@@ -44,10 +43,11 @@ def fill(notes: Path, page: Path, tables_of: Callable[[str], str]) -> None:
 
 def tables(name: str) -> str:
     """Return the tables of one benchmark, one for each shape that was measured."""
-    records = [json.loads(path.read_text()) for s in SHAPES if (path := OUT / f"{name}-{s}.json").is_file()]
     if name == "machine":
-        records = [json.loads(path.read_text()) for path in sorted(OUT.glob("*-*.json"))]
-        return _machine([r for r in records if "machine" in r and r.get("benchmark") != "cuda"])
+        records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+        return _machine([r for r in records if r["benchmark"] != "cuda"])
+    paths = [path for s in SHAPES if (path := RESULTS / f"{name}-{s}.json").is_file()]
+    records = [json.loads(path.read_text()) for path in paths]
     return "\n\n".join(_titled(r, RENDERERS[name](r["result"])) for r in records) or "not measured yet"
 
 
@@ -61,14 +61,18 @@ def _titled(record: dict[str, Any], rendered: str) -> str:
 
 
 def _machine(records: list[dict[str, Any]]) -> str:
-    machines = {json.dumps({k: v for k, v in r["machine"].items() if k != "load_before"}) for r in records}
+    of_runs = ("load_before", "date")
+    machines = {
+        json.dumps({k: v for k, v in r["machine"].items() if k not in of_runs}, sort_keys=True)
+        for r in records
+    }
     lines = []
     for text in sorted(machines):
         m = json.loads(text)
         versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
         lines.append(
             f"{m['cpu']} ({m['family_model']}; {', '.join(m['features'])}), {m['cores']} cores, "
-            f"{m['ram_gb']} GB RAM, {m['system']}; {versions}; {m['date']}."
+            f"{m['ram_gb']} GB RAM, {m['system']}; {versions}."
         )
     return "\n\n".join(lines)
 

@@ -273,7 +273,7 @@ def print_validation(report: ValidationReport) -> None:
         )
     console.print(table)
     console.print(
-        "error: relative L2; 16 and 32 bits against the FP32 graph, INT8 against the quantized graph"
+        "column error: relative L2; 16 and 32 bits against the FP32 graph, INT8 against the quantized graph"
     )
     if (policy := report.policy) is not None:
         told = "not finite" if policy.q is None else f"q {policy.q:.4f}, {policy.error:.1e} from the graph's"

@@ -105,15 +105,17 @@ class Draws:
         """Return the intervals: value ± 1.96 standard deviations of the resamples.
 
         A resample holds images twice, which widens no distribution but biases Fréchet distances upward; the
-        deviation is free of that, percentiles would not be. The ratio divides resample by resample, which is
-        what pairs it: both metrics must come from the same images drawn.
+        deviation is free of that, percentiles and quotients of resamples would not be. So the ratio's is that
+        of ``metric - ratio * baseline`` (the delta method), which is what pairs it: both metrics must come
+        from the same images drawn.
         """
         spread = 1.96 * float(self.resampled.std(ddof=1))
         found = Estimate(value=self.value, low=self.value - spread, high=self.value + spread)
-        if baseline is None or baseline.value <= _ZERO or (baseline.resampled <= _ZERO).any():
+        if baseline is None or baseline.value <= _ZERO:
             return found
         ratio = self.value / baseline.value
-        spread = 1.96 * float((self.resampled / baseline.resampled).std(ddof=1))
+        residuals = (self.resampled - ratio * baseline.resampled) / baseline.value
+        spread = 1.96 * float(residuals.std(ddof=1))
         return found.model_copy(
             update={"ratio": ratio, "ratio_low": ratio - spread, "ratio_high": ratio + spread}
         )

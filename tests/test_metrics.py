@@ -97,6 +97,16 @@ def test_pairing_narrows_the_ratio() -> None:
     assert paired.ratio_low > 1 and paired.ratio_high - paired.ratio < 0.1 * (unpaired.ratio_high - 1.01)
 
 
+def test_bias_of_resamples_does_not_narrow_the_ratio() -> None:
+    """Resamples of Fréchet distances lie far above the distance; only how they scatter counts."""
+    noise = np.random.default_rng(0).standard_normal((2, 200))
+    mine, theirs = (Draws(4.0, 4.0 + row) for row in noise)
+    biased_mine, biased_theirs = (Draws(4.0, 9.0 + row) for row in noise)
+    assert biased_mine.estimate(biased_theirs).ratio_high == pytest.approx(mine.estimate(theirs).ratio_high)
+    expected = 1 + 1.96 * float((noise[0] - noise[1]).std(ddof=1)) / 4
+    assert mine.estimate(theirs).ratio_high == pytest.approx(expected)
+
+
 def test_there_is_no_ratio_to_nothing() -> None:
     images = resample(5)
     assert mean_draws(np.ones(5), images).estimate(mean_draws(np.zeros(5), images)).ratio is None
