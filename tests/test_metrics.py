@@ -23,6 +23,7 @@ from qlip_export.features import (
     text_embeddings,
 )
 from qlip_export.metrics import (
+    Draws,
     bit_operations,
     clip_scores,
     frechet_distance,
