@@ -19,7 +19,7 @@ from qlip_export.bundle import Bundle, PolicyEntry
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
 from qlip_export.policy.store import Quality
-from qlip_export.progress import Silent
+from qlip_export.progress import Plain
 from qlip_export.runtime import Previews, TextToImage
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from tests import tamper
@@ -217,7 +217,7 @@ def test_progress_knows_how_many_batches_there_are(
     cli: Cli, batched: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages: list[tuple[str, int]] = []
-    monkeypatch.setattr(Silent, "stage", lambda self, name, total: stages.append((name, total)))
+    monkeypatch.setattr(Plain, "stage", lambda self, name, total: stages.append((name, total)))
     assert cli("generate", batched.bundle.root, *PROMPTS, "-o", tmp_path / "x").code == 0
     assert stages == [("sample", 2 * STEPS)]
 

@@ -102,7 +102,7 @@ def generate(
 
     with progress_for_terminal() as progress:
         progress.stage("sample", len(manifest.sampler.steps) * batches)
-        progress.item("loading engines")
+        progress.detail("loading engines")
 
         def step(done: int, total: int) -> None:
             if done < total:

@@ -178,7 +178,7 @@ class Policy:
                 f"{folder} holds no policy {name!r}",
                 expected=" or ".join(names(folder)) or "a calibrated policy",
                 found=name,
-                fix="name one of these, or run 'qlip-export calibrate --stages t2q,q2b'",
+                fix="name one of these, or train it: 'qlip-export calibrate --model MODEL --bit-options ...'",
             )
         tensors, recipe = _load(path, PolicyRecipe)
         q2b = QualityToBits(recipe.options, len(recipe.units), recipe.groups, frozenset(recipe.parts))

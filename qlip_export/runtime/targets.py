@@ -46,8 +46,8 @@ def choose_target(bundle: Bundle, wanted: str = "auto", *, threads: int | None =
         none = "" if wanted == "auto" else f" of {wanted}"
         raise QlipError(
             f"{bundle.root} holds no engines{none}",
-            expected=" or ".join(targets) or None,
-            found=None if wanted == "auto" else wanted,
+            expected=None if wanted == "auto" else f"engines of {wanted}",
+            found=" and ".join(f"engines of {name}" for name in targets) or None,
             fix=compile_command(bundle.root, "openvino" if wanted == "auto" else wanted),
         )
     order = {backend: i for i, backend in enumerate(BACKENDS)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from qlip_export.bundle import ModelEntry
@@ -129,11 +130,14 @@ def _located(name: str, revision: str | None, *, weights: bool = True) -> ZooMod
     folder = Path(name)
     if name not in HUB and (folder.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~"))):
         if not folder.exists() and len(folder.parts) == 1:
+            close = get_close_matches(name, [*EMBEDDED, *HUB], 1)
             raise QlipError(
                 f"unknown model {name!r}",
                 expected=f"{', '.join([*EMBEDDED, *HUB])}, a diffusers folder, or an id of the Hub",
                 found=f"no folder {folder.resolve()}",
-                fix="give a name of the zoo, a path, or ORGANISATION/MODEL",
+                fix=f"--model {close[0]}"
+                if close
+                else "give a name of the zoo, a path, or ORGANISATION/MODEL",
             )
         return ZooModel(folder.resolve().name, str(folder.resolve()), folder)
     from qlip_export.zoo.hub import download

@@ -175,6 +175,7 @@ def test_validation_passes_and_prints_commands_for_the_engines(
 ) -> None:
     pipeline = TextToImage(Bundle.open(compiled), target)
     monkeypatch.setattr(TextToImage, "load", lambda path, backend: pipeline)
+    monkeypatch.setattr("qlip_export.validate.choose_target", lambda bundle, backend: target)
     monkeypatch.setattr("qlip_export.validate._compare_images", lambda *arguments: ([], []))
     report = validate(
         compiled,

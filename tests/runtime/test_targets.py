@@ -73,5 +73,5 @@ def test_target_that_the_bundle_does_not_have(bundle: Path) -> None:
         choose_target(Bundle.open(bundle), "onnxruntime")
     error = caught.value
     assert error.problem == f"{bundle} holds no engines of onnxruntime"
-    assert (error.expected, error.found) == ("openvino", "onnxruntime")
+    assert (error.expected, error.found) == ("engines of onnxruntime", "engines of openvino")
     assert error.fix == f"qlip-export compile {bundle} --backend onnxruntime"
