@@ -126,6 +126,7 @@ def test_unknown_model(cli: Cli, empty: Path) -> None:
     error = one_error(cli("build", "--model", "smiley", "--json"))
     assert error["problem"] == "unknown model 'smiley'"
     assert "emoji" in error["expected"]
+    assert one_error(cli("build", "--model", "bk-sdm-tyni", "--json"))["fix"] == "--model bk-sdm-tiny"
     assert tree(empty) == []
 
 
