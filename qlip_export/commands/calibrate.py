@@ -22,7 +22,7 @@ from qlip_export.errors import QlipError
 
 
 def calibrate(
-    model: Annotated[str, typer.Option(help="Name of the zoo or a folder in the diffusers layout.")],
+    model: Annotated[str, typer.Option(help="Name of the zoo, a diffusers folder, or a Hub id.")],
     random_weights: Annotated[
         bool,
         typer.Option(
