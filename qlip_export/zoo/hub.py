@@ -73,7 +73,7 @@ def download(repository: str, revision: str | None, *, weights: bool) -> Path:
             f"cannot download {repository}, and the cache lacks it",
             expected="the Hub within reach, or the model in HF_HOME",
             found=_first_line(error),
-            fix="check the network and HF_HUB_OFFLINE, or name a folder",
+            fix="check the network and HF_HUB_OFFLINE" + ("; or try --random-weights" if weights else ""),
         ) from error
     return Path(folder)
 
