@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.quality.rows import Subject
-from qlip_export.calibrate.quality import predicted
 from qlip_export.files import write_json
 from qlip_export.prompts import read_prompts
 from qlip_export.zoo import find_model
@@ -30,7 +29,7 @@ def measure_prompts(calibration: Path, out: Path, device: str, prompts: int = PR
     _, checkpoint = find_model("emoji")
     subject = Subject(checkpoint, calibration, device)
     texts = read_prompts(calibration / "evaluation.txt")[:prompts]
-    q = predicted(calibration, "quality", subject.simulator("fp32"), texts).cpu().numpy()
+    q = subject.qualities("quality", texts).numpy()
     errors = {bits: _errors(subject, texts, bits) for bits in OPTIONS}
     found: dict[str, Any] = {"prompts": len(texts), "device": device, "uniform": {}, "gain": {}}
     for bits, error in errors.items():
