@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ class OpenVINOBackend(Backend):
             ir.save(model, expanded, external_data="model.data")
             try:
                 typed = self._with_typed_ports(self._core.read_model(expanded))
-                with _without_kernel_cache():
+                with _without_kernel_cache:
                     compiled = self._core.compile_model(typed, "CPU", self._properties(container, widened))
             except RuntimeError as error:
                 where = locate(onnx, str(error))
@@ -181,7 +181,7 @@ class OpenVINOBackend(Backend):
         """See `Backend.load`."""
         properties = self._properties(entry.container, entry.widened)
         try:
-            with mapped(path) as (mapping, contents), _without_kernel_cache():
+            with mapped(path) as (mapping, contents), _without_kernel_cache:
                 compiled = self._core.import_model(ov.Tensor(contents, shared_memory=True), "CPU", properties)
             return _OpenVINOEngine(compiled, mapping, contents)
         except RuntimeError as error:
@@ -235,22 +235,38 @@ class _OpenVINOEngine(Engine):
         return True
 
 
-@contextlib.contextmanager
-def _without_kernel_cache() -> Iterator[None]:
+class _WithoutKernelCache:
     """Let oneDNN, inside OpenVINO, keep no kernels of engines that are gone.
 
     By itself it keeps the last 1,024: 30 MB that no budget sees, for a twentieth of the time of a load. It
     reads this variable once, when it makes its first kernel. Torch has a oneDNN of its own, which does need
     its kernels again; so the variable is there only while OpenVINO loads.
+
+    Engines load two at a time, and a C library may crash that reads the environment while it changes. So the
+    first of loads that overlap sets the variable, and the last one removes it.
     """
-    if _KERNEL_CACHE in os.environ:
-        yield
-        return
-    os.environ[_KERNEL_CACHE] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(_KERNEL_CACHE, None)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loads = 0
+        self._ours = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._loads == 0 and _KERNEL_CACHE not in os.environ:
+                os.environ[_KERNEL_CACHE] = "0"
+                self._ours = True
+            self._loads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._loads -= 1
+            if self._loads == 0 and self._ours:
+                del os.environ[_KERNEL_CACHE]
+                self._ours = False
+
+
+_without_kernel_cache = _WithoutKernelCache()
 
 
 def _has_float_layers(model: ir.Model) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qlip_export.backends import get_backend
-from qlip_export.backends.openvino import OpenVINOBackend, _from_bfloat16, _to_bfloat16
+from qlip_export.backends.openvino import (
+    OpenVINOBackend,
+    _from_bfloat16,
+    _to_bfloat16,
+    _without_kernel_cache,
+)
 from qlip_export.bundle import Bundle, EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
@@ -273,3 +279,18 @@ def test_variant_of_another_precision_is_reported_and_fails(cli: Cli, bundle: Pa
     assert done.code == 1
     assert "stem at 8 bits: conv_in computes in float32" in done.out
     assert "off: stem at 8 bits" in done.out
+
+
+def test_environment_changes_only_while_no_engine_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time do, and C code that reads it meanwhile may crash."""
+    variable = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(variable, raising=False)
+    with _without_kernel_cache:
+        with _without_kernel_cache:
+            assert os.environ[variable] == "0"
+        assert os.environ[variable] == "0"
+    assert variable not in os.environ
+    monkeypatch.setenv(variable, "7")  # the user's own stays
+    with _without_kernel_cache:
+        assert os.environ[variable] == "7"
+    assert os.environ[variable] == "7"
