@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,32 @@ def test_inputs_are_those_of_the_denoiser_then_its_parameters(captured: ir.Model
     assert [v.name for v in parameters_of(captured.graph, set(UNET.input_names))] == names[3:]
     assert [value.name for value in captured.graph.outputs] == ["noise"]
     assert all(tuple(v.shape) == parameters[v.name].shape for v in captured.graph.inputs[3:])
+
+
+def test_work_grows_with_the_graph_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rule of the optimizer walks the whole graph for each of its nodes."""
+
+    def walks(length: int) -> int:
+        values = [
+            ir.Value(name=f"v{i}", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+            for i in range(length + 1)
+        ]
+        nodes = [ir.node("Sin", [a], outputs=[b]) for a, b in pairwise(values)]
+        made = ir.Graph(values[:1], values[-1:], nodes=nodes, opset_imports={"": 20}, name="chain")
+        count = 0
+        inner = ir.Graph.__iter__
+
+        def counted(self: ir.Graph) -> Iterator[ir.Node]:
+            nonlocal count
+            count += 1
+            return inner(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ir.Graph, "__iter__", counted)
+            ingest(ir.Model(made, ir_version=10), parameters=set(), prefix="")
+        return count
+
+    assert walks(40) == walks(10)
 
 
 def test_graph_holds_no_weights(captured: ir.Model) -> None:
