@@ -107,9 +107,12 @@ class BuildOptions(Frozen):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BuildOptions:
-        if len(self.image_sizes) > 1 and (self.max_engine_bytes, self.target_latency) != (None, None):
-            option = "--max-engine-bytes" if self.max_engine_bytes is not None else "--target-latency"
-            raise QlipError(f"{option} is about one size of images", found=f"{len(self.sizes)} sizes")
+        if len(self.image_sizes) > 1 and self.target_latency is not None:
+            raise QlipError(
+                "--target-latency is about one size of images: each takes its own time",
+                found=f"{len(self.sizes)} sizes",
+                fix="build the size that it is about; --max-variants, as that build chose, does for all",
+            )
         return self
 
     @property
@@ -293,7 +296,13 @@ def _chooser(
         qualities,
         Limits(options.max_variants, options.max_engine_bytes, options.target_fab, options.target_latency),
         hardware(
-            backend, options.weight_bits, folder, policy.denoiser, sizes[0].latents, previous=workspace.out
+            backend,
+            options.weight_bits,
+            folder,
+            policy.denoiser,
+            sizes[0].latents,
+            sizes=len(sizes),
+            previous=workspace.out,
         ),
         precision=options.precision,
         fuse=options.fuse,
@@ -302,8 +311,9 @@ def _chooser(
 
 
 def _check_engine_bytes(manifest: Manifest, target: TargetEntry, limit: int | None) -> None:
-    """Hold the engines of the denoiser to the budget; they were chosen by estimates of their size."""
-    onnx = {variant.onnx for block in manifest.blocks for variant in block.variants.values()}
+    """Hold the denoiser's engines of all sizes to the budget; they were chosen by estimates of their size."""
+    blocks = [block for size in manifest.sizes for block in size.blocks]
+    onnx = {variant.onnx for block in blocks for variant in block.variants.values()}
     found = sum(manifest.files[target.engines[path].path].size for path in onnx)
     if limit is not None and found > limit:
         raise QlipError(

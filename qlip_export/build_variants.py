@@ -80,6 +80,7 @@ def hardware(
     denoiser: str,
     latents: tuple[int, ...],
     *,
+    sizes: int,
     previous: Path,
 ) -> Hardware:
     """Return what is known of engines of ``backend``.
@@ -89,11 +90,12 @@ def hardware(
         weight_bits: Of the build.
         folder: The calibration; its ``latency.json`` counts if it is of this device.
         denoiser: Fingerprint.
-        latents: Their shape in the build, (N, C, H, W).
+        latents: Their shape in the first size of the build, (N, C, H, W).
+        sizes: Of images and batches in the build: how many engines each variant becomes.
         previous: The bundle that the build replaces, if there is one: its engines may have been timed.
     """
     if backend is None:
-        return Hardware()
+        return Hardware(sizes=sizes)
     can = backend.capabilities
     path = folder / "latency.json" if folder is not None else None
     times = Latencies.model_validate_json(path.read_text()) if path is not None and path.is_file() else None
@@ -113,6 +115,7 @@ def hardware(
         engine_bytes=partial(can.engine_bytes, weight_bits=weight_bits),
         milliseconds=times.milliseconds if fits and times is not None else uniform,
         measured=measured,
+        sizes=sizes,
     )
 
 

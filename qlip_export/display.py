@@ -325,8 +325,9 @@ def print_evaluation(report: EvaluationReport) -> None:
         f"the engines of {report.target}" if report.target else f"the fake-quantized model on {report.device}"
     )
     console.print(
-        f"{report.samples} images each by {where}, {report.steps} steps, guidance {report.guidance:g}, seeds "
-        f"from {report.seed}, weights {report.weight_bits} bits; prompts: {report.prompts}"
+        f"{report.samples} images of {report.size} each by {where}, {report.steps} steps, "
+        f"guidance {report.guidance:g}, seeds from {report.seed}, "
+        f"weights {report.weight_bits} bits; prompts: {report.prompts}"
     )
     if report.reference is not None:
         console.print(f"distances to {report.reference}; FID in {report.features} features")

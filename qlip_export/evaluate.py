@@ -78,6 +78,9 @@ class EvaluateOptions(Frozen):
     baseline: str | None = Field(default=None, description="configuration that ratios refer to")
     device: str = "engines"
     backend: str = Field(default="auto", description="whose engines draw")
+    height: int | None = Field(default=None, description="of images, where the bundle has several sizes")
+    width: int | None = None
+    batch_size: int | None = None
     reference: str | None = Field(default=None, description="file of statistics, folder of images, or fp32")
     inception: Path | None = Field(default=None, description="weights of Inception-v3, for the usual FID")
     model: str | None = Field(default=None, description="the one the bundle was built from if absent")
@@ -97,6 +100,7 @@ class EvaluationReport(Frozen):
     """Every configuration on the same prompts and latents, with 95 % bootstrap intervals."""
 
     bundle: str
+    size: str = Field(description="WIDTHxHEIGHT[:BATCH]")
     device: Device
     target: str | None = Field(description="whose engines drew; none if they did not")
     reference: str | None = Field(description="what Fréchet distances are measured to")
@@ -133,10 +137,10 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         progress: Display; one item is one image.
 
     Raises:
-        QlipError: Options that do not fit the bundle or each other, a model that is not the bundle's, prompts
-            that cannot be read or are too few, or a device that is not here.
+        QlipError: Options that do not fit the bundle or each other, a size that it does not have, a model
+            that is not its own, prompts that cannot be read or are too few, or a device that is not here.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path).at(height=options.height, width=options.width, batch_size=options.batch_size)
     device = _one_of(options.device, DEVICES, "device")
     if device == "cuda" and not torch.cuda.is_available():
         raise QlipError("there is no CUDA device here", fix="--device engines, or --device cpu")
@@ -198,6 +202,7 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         rows.append(EvaluationRow(configuration=name, metrics=estimates))
     return EvaluationReport(
         bundle=str(bundle.root),
+        size=bundle.manifest.shapes.label,
         device=device,
         target=renderer.target,
         reference=reference.recipe.source if reference else None,
@@ -238,6 +243,7 @@ class _Session:
         self._settings = (
             __version__,
             sha256_of(bundle.root / MANIFEST),
+            bundle.manifest.shapes.label,
             list(prompts),
             options.seed,
             self._guidance,

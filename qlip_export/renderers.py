@@ -21,6 +21,7 @@ from qlip_export.quant.ranges import Ranges
 from qlip_export.reference import quantized_weights
 from qlip_export.runtime.pipeline import TextToImage
 from qlip_export.runtime.schedule import Scheduler, layer_bits
+from qlip_export.runtime.targets import choose_target
 from qlip_export.simulate import Simulator
 
 POLICY = "policy"
@@ -51,7 +52,7 @@ class Renderer(ABC):
 
 
 class EngineRenderer(Renderer):
-    """The engines of the bundle.
+    """The engines of the bundle, in its first size if it has several.
 
     Attributes:
         batch_size: That of the engines.
@@ -63,7 +64,7 @@ class EngineRenderer(Renderer):
         Raises:
             QlipError: No engines, or their library is not installed.
         """
-        self._pipeline = TextToImage.load(bundle.root, backend=backend)
+        self._pipeline = TextToImage(bundle, choose_target(bundle, backend))
         self.target = self._pipeline.target.name
         self.batch_size = self._pipeline.bundle.manifest.shapes.batch_size
 

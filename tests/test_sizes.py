@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from qlip_export.build import _check_engine_bytes
 from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.demo.studio import Limits, Studio, View
+from qlip_export.errors import QlipError
 from qlip_export.noise import seeded_noise
 from qlip_export.plan import plan, plan_sizes
 from qlip_export.progress import Silent
 from qlip_export.reference import psnr, reference_image, reference_pipeline
+from qlip_export.report.collect import ReportOptions, collect
+from qlip_export.report.page import render
 from qlip_export.runtime import TextToImage
 from qlip_export.spec import image_sizes
 from qlip_export.validate import validate
@@ -171,9 +178,82 @@ def test_sizes_that_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_limit_of_one_size_is_refused_for_several(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+def test_seconds_of_one_size_are_refused_for_several(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     done = cli(
-        *("build", "--model", tiny_model, "--granularity", "layer", "--max-engine-bytes", "1MB"),
+        *("build", "--model", tiny_model, "--granularity", "layer", "--target-latency", "1"),
         *("--size", "32x32", "--size", "48x32", "-o", tmp_path / "bundle", "--json"),
     )
-    assert "about one size" in one_error(done)["problem"]
+    error = one_error(done)
+    assert "each takes its own time" in error["problem"]
+    assert "--max-variants" in error["fix"]
+
+
+def test_engine_bytes_are_those_of_all_sizes(sized: Path) -> None:
+    manifest = Bundle.open(sized).manifest
+    target = manifest.targets["openvino"]
+    onnx = {v.onnx for size in manifest.sizes for block in size.blocks for v in block.variants.values()}
+    total = sum(manifest.files[target.engines[path].path].size for path in onnx)
+    _check_engine_bytes(manifest, target, total)
+    with pytest.raises(QlipError, match="larger than --max-engine-bytes") as raised:
+        _check_engine_bytes(manifest, target, total - 1)
+    assert raised.value.found is not None and f"{total:,} bytes of {len(onnx)}" in raised.value.found
+
+
+def test_pipeline_changes_size_on_the_same_backend(sized: Path) -> None:
+    first = TextToImage.load(sized, threads=1)
+    wide = first.at(width=48)
+    assert wide.backend is first.backend
+    assert wide.at(width=48, batch_size=1) is wide
+    assert wide(PROMPT, seed=0).images[0].size == (48, 32)
+    assert wide.at(width=32).bundle.manifest.shapes == first.bundle.manifest.shapes
+
+
+def test_evaluate_draws_the_size_that_is_asked_for(cli: Cli, sized: Path, tmp_path: Path) -> None:
+    def run(*size: object) -> dict[str, Any]:
+        done = cli(
+            *("evaluate", sized, "--metrics", "fab,bitops", "--compare", 16, "--samples", 2, *size),
+            *("-o", tmp_path / "kept", "--json"),
+        )
+        assert done.code == 0, done.err
+        found: dict[str, Any] = json.loads(done.out)
+        return found
+
+    wide, first = run("--width", 48), run()
+    assert (wide["size"], first["size"]) == ("48x32", "32x32")
+    work = [report["rows"][0]["metrics"]["bitops"]["value"] for report in (wide, first)]
+    assert work[0] > 1.4 * work[1]
+    with Image.open(tmp_path / "kept" / "16" / "00001.png") as image:
+        assert image.size == (32, 32)  # what another size kept was drawn again
+    error = one_error(cli("evaluate", sized, "--batch-size", 3, "--json"))
+    assert error["found"] == "--batch-size 3"
+
+
+def test_report_draws_one_size_and_tells_of_all(sized: Path) -> None:
+    data = collect(sized, ReportOptions(images=1, width=48), Silent())
+    assert {drawing.image.size for row in data.rows for drawing in row.drawings} == {(48, 32)}
+    assert {drawing.label for drawing in data.rows[0].drawings} >= {"FP32, diffusers", "QLIP"}
+    assert [row.size for row in data.sizes] == ["48x32", "32x32", "32x32:2"]
+    wide = data.sizes[0]
+    assert wide.engines == len(data.engines) and wide.bytes == sum(e.bytes for e in data.engines)
+    assert [*wide.milliseconds] == [8, 16, 32]
+    eights = [e.milliseconds for e in data.engines if e.variant == "8"]
+    assert wide.milliseconds[8] == pytest.approx(sum(eights))
+    page = render(data)
+    assert "All engines agree with their graphs." in page
+    for size in SIZES:
+        assert f'<th scope="row">{size}</th>' in page
+
+
+def test_visitors_of_the_demo_choose_the_size(sized: Path) -> None:
+    studio = Studio(TextToImage.load(sized), Limits(images=2), previews=0)
+    assert [*studio.sizes] == ["32 x 32", "48 x 32"]
+
+    def draw(count: int, size: str) -> View:
+        return [*studio.draw(PROMPT, "16 bits", 0, count, size)][-1]
+
+    assert draw(1, "48 x 32").images[0].size == (48, 32)
+    before = weakref.ref(studio.pipeline)
+    assert [image.size for image in draw(2, "32 x 32").images] == [(32, 32)] * 2
+    assert studio.pipeline.bundle.manifest.shapes.label == "32x32:2"
+    assert before() is None  # engines of two sizes never add up
+    assert "no such size: 64 x 64" in draw(1, "64 x 64").status

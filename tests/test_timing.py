@@ -189,7 +189,7 @@ def test_a_build_plans_by_the_times_of_the_bundle_that_it_replaces(mine: Path, t
         backend, bits = get_backend("openvino"), manifest.quantization.weight_bits
         _, channels, height, width = manifest.shapes.latents
         latents = (batch_size, channels, height, width + wider)
-        found = hardware(backend, bits, None, manifest.model.fingerprint, latents, previous=previous)
+        found = hardware(backend, bits, None, manifest.model.fingerprint, latents, sizes=1, previous=previous)
         assert {n: {b[0]: t for b, t in of.items()} for n, of in found.measured.items()} == found.milliseconds
         return {**found.milliseconds}
 

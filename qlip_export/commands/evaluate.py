@@ -13,6 +13,9 @@ from qlip_export.commands.options import (
     JsonOption,
     PromptsOption,
     TargetOption,
+    ThisBatchOption,
+    ThisHeightOption,
+    ThisWidthOption,
     numbers,
     validated,
 )
@@ -43,6 +46,9 @@ def evaluate(
         str, typer.Option(help="engines; or cpu or cuda for the fake-quantized model in torch.")
     ] = "engines",
     backend: TargetOption = "auto",
+    height: ThisHeightOption = None,
+    width: ThisWidthOption = None,
+    batch_size: ThisBatchOption = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +89,9 @@ def evaluate(
         baseline=baseline,
         device=device,
         backend=backend,
+        height=height,
+        width=width,
+        batch_size=batch_size,
         reference=reference,
         inception=inception,
         model=model,

@@ -43,6 +43,18 @@ HeightOption = Annotated[
     int | None, typer.Option(help="Height of images, pixels.", show_default="the model's own")
 ]
 WidthOption = Annotated[int | None, typer.Option(help="Width of images.", show_default="the model's own")]
+ThisHeightOption = Annotated[
+    int | None,
+    typer.Option(
+        "--height", help="Height of images, where the bundle has several sizes.", show_default="the first"
+    ),
+]
+ThisWidthOption = Annotated[
+    int | None, typer.Option("--width", help="Width of images, the same.", show_default="the first")
+]
+ThisBatchOption = Annotated[
+    int | None, typer.Option("--batch-size", help="Images per batch, the same.", show_default="the first")
+]
 SizesOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -13,6 +13,9 @@ from qlip_export.commands.options import (
     JsonOption,
     PromptsOption,
     TargetOption,
+    ThisBatchOption,
+    ThisHeightOption,
+    ThisWidthOption,
 )
 
 
@@ -29,6 +32,9 @@ def report(
         bool, typer.Option("--parity/--no-parity", help="Compare every engine with its graph.")
     ] = True,
     backend: TargetOption = "auto",
+    height: ThisHeightOption = None,
+    width: ThisWidthOption = None,
+    batch_size: ThisBatchOption = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The page.")] = Path("report.html"),
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     as_json: JsonOption = False,
@@ -44,6 +50,9 @@ def report(
         seed=seed,
         guidance=guidance,
         backend=backend,
+        height=height,
+        width=width,
+        batch_size=batch_size,
         reference=reference,
         parity=parity,
     )

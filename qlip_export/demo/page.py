@@ -49,9 +49,9 @@ def build_page(studio: Studio) -> gr.Blocks:
     """Return the page; it is not served yet."""
     manifest = studio.pipeline.bundle.manifest
 
-    def draw(prompt: str, choice: str, seed: float | None, count: float) -> Iterator[Shown]:
+    def draw(prompt: str, choice: str, seed: float | None, count: float, size: str) -> Iterator[Shown]:
         shown: tuple[Image.Image, ...] | None = None
-        for view in studio.draw(prompt or "", choice, seed, count):
+        for view in studio.draw(prompt or "", choice, seed, count, size):
             # Images travel only when they are new ones.
             yield gr.skip() if view.images is shown else list(view.images), view.status, view.bits
             shown = view.images
@@ -67,6 +67,8 @@ def build_page(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=2):
                 prompt = gr.Textbox(label="Prompt", lines=2, placeholder="What to draw", elem_id="prompt")
                 choice = gr.Radio(studio.choices, value=studio.choices[0], label="Activation bits")
+                sizes = [*studio.sizes]
+                size = gr.Radio(sizes, value=sizes[0], label="Size of images", visible=len(sizes) > 1)
                 with gr.Row():
                     seed = gr.Number(
                         value=0, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=120
@@ -93,7 +95,7 @@ def build_page(studio: Studio) -> gr.Blocks:
                     show_label=False,
                 )
         bits = gr.HTML("", elem_id="bits")
-        inputs, outputs = [prompt, choice, seed, count], [images, status, bits]
+        inputs, outputs = [prompt, choice, seed, count, size], [images, status, bits]
         common: dict[str, Any] = {"concurrency_limit": 1, "show_progress": "minimal"}
         button.click(draw, inputs, outputs, **common)
         prompt.submit(draw, inputs, outputs, **common)

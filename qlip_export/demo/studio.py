@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 
 from qlip_export.bitmap import bit_map, colour, options_of
-from qlip_export.bundle import Manifest
+from qlip_export.bundle import Bundle, Manifest
 from qlip_export.errors import QlipError
 from qlip_export.runtime import Previews, TextToImage
 from qlip_export.runtime.schedule import Scheduler, block_bits
@@ -68,14 +68,22 @@ class Studio:
     """A pipeline and what may be asked of it."""
 
     def __init__(self, pipeline: TextToImage, limits: Limits, previews: int = PREVIEWS) -> None:
-        """Keep them; nothing is loaded yet. An image is shown ``previews`` times before it is done."""
+        """Keep them; nothing is loaded yet. An image is shown ``previews`` times before it is done.
+
+        The first size of images is that of ``pipeline``; a request may be for any other of the bundle.
+        """
         self.pipeline, self.limits, self.previews = pipeline, limits, previews
         manifest = pipeline.bundle.manifest
+        every = (manifest, *Bundle.open(pipeline.bundle.root).manifest.sizes)
+        images = [size.shapes.image for size in every if pipeline.target.name in size.targets]
+        self.sizes = {f"{width} x {height}": (height, width) for height, width in images}
         uniform = [f"{bits} bits" for bits in pipeline.bundle.uniform]
         self.choices = [ADAPTIVE, *uniform] if manifest.policy else uniform
         self._schedule = Scheduler(manifest.policy.table, manifest.blocks) if manifest.policy else None
 
-    def draw(self, prompt: str, choice: str, seed: float | None, count: float) -> Iterator[View]:
+    def draw(
+        self, prompt: str, choice: str, seed: float | None, count: float, size: str | None = None
+    ) -> Iterator[View]:
         """Yield what the page shows, from the first step to the image; a failure is the last view.
 
         Args:
@@ -83,10 +91,12 @@ class Studio:
             choice: One of ``choices``.
             seed: Of the first image; the next ones count up.
             count: Number of images.
+            size: One of ``sizes``; the first if absent.
         """
         run = _Run()
         try:
             bits, first, number = self._checked(prompt, choice, seed, count)
+            self._resize(size if size is not None else next(iter(self.sizes)), number)
             yield from self._watched(run, prompt.strip(), bits, first, number)
         except QlipError as error:
             yield _failure(error.problem, error.expected, error.fix)
@@ -116,13 +126,21 @@ class Studio:
             raise QlipError("the seed is no whole number", expected=f"0 to {SEEDS}")
         return None if choice == ADAPTIVE else int(choice.split()[0]), int(seed), int(count)
 
+    def _resize(self, size: str, count: int) -> None:
+        """Make the pipeline one of this size: engines of another go, so that those of two never add up."""
+        if size not in self.sizes:
+            raise QlipError(f"no such size: {size}", expected=" or ".join(self.sizes))
+        height, width = self.sizes[size]
+        self.pipeline = self.pipeline.at(height=height, width=width, images=count)
+
     def _watched(self, run: _Run, prompt: str, bits: int | None, seed: int, count: int) -> Iterator[View]:
         manifest = self.pipeline.bundle.manifest
         steps = len(manifest.sampler.steps)
         planned = self._planned(prompt, bits)
         told = View((), "The whole run is known; loading its engines.", _html(manifest, planned, 0))
         yield told
-        worker = threading.Thread(target=self._work, args=(run, prompt, bits, seed, count), daemon=True)
+        work = (run, self.pipeline, prompt, bits, seed, count)
+        worker = threading.Thread(target=self._work, args=work, daemon=True)
         worker.start()
         images: tuple[Image.Image, ...] = ()
         while True:
@@ -148,14 +166,16 @@ class Studio:
                 yield View(images, _told(value), _html(manifest, value[-1], steps))
                 return
 
-    def _work(self, run: _Run, prompt: str, bits: int | None, seed: int, count: int) -> None:
+    def _work(
+        self, run: _Run, pipeline: TextToImage, prompt: str, bits: int | None, seed: int, count: int
+    ) -> None:
         def on_step(done: int, total: int) -> None:
             if run.abandoned.is_set():
                 raise _AbandonedError
             run.events.put(("step", done))
 
         try:
-            made = self.pipeline(
+            made = pipeline(
                 [prompt] * count,
                 seed=seed,
                 bits=bits,

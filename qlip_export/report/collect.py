@@ -33,6 +33,7 @@ from qlip_export.prompts import (
     own_prompts,
     read_prompts,
 )
+from qlip_export.report.engines import EngineRow, SizeRow, other_sizes, step_of, time_engines
 from qlip_export.report.policy import PolicyStatistics, ladder_levels, statistics, word_levels
 from qlip_export.runtime import TextToImage
 from qlip_export.spec import Frozen
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 POPULATION = 256
 """Prompts whose decisions are counted, at most; they are not drawn."""
 
-TIMING_REPEATS = 7
-
 
 class ReportOptions(Frozen):
     """What a report shows."""
@@ -55,6 +54,9 @@ class ReportOptions(Frozen):
     seed: int = Field(default=0, ge=0)
     guidance: float | None = Field(default=None, allow_inf_nan=False, description="the model's own if absent")
     backend: str = "auto"
+    height: int | None = Field(default=None, description="of images, where the bundle has several sizes")
+    width: int | None = None
+    batch_size: int | None = None
     reference: bool = Field(default=True, description="draw in FP32 with diffusers too")
     parity: bool = Field(default=True, description="validate the bundle")
 
@@ -97,25 +99,21 @@ class PromptRow:
     record: dict[str, Any]
 
 
-class EngineRow(Frozen):
-    """One engine."""
-
-    block: str
-    variant: str
-    container: str
-    bytes: int
-    milliseconds: float = Field(description="median of a call")
-
-
 @dataclass(frozen=True)
 class ReportData:
-    """What the page is made of."""
+    """What the page is made of.
+
+    Attributes:
+        bundle: In the size that was drawn.
+        sizes: All of the bundle's, this one first.
+    """
 
     bundle: Bundle
     target: str
     rows: tuple[PromptRow, ...]
     policy: PolicyStatistics | None
     engines: tuple[EngineRow, ...]
+    sizes: tuple[SizeRow, ...]
     parity: ValidationReport | None
     provenance: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
@@ -125,9 +123,15 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
     """Draw, time and validate a bundle.
 
     Raises:
-        QlipError: No bundle, no engines that run here, prompts that cannot be read.
+        QlipError: No bundle, no such size, no engines that run here, prompts that cannot be read.
     """
-    pipeline = TextToImage.load(path, backend=options.backend)
+    pipeline = TextToImage.load(
+        path,
+        backend=options.backend,
+        height=options.height,
+        width=options.width,
+        batch_size=options.batch_size,
+    )
     bundle = pipeline.bundle
     calibration = calibration_of(bundle.manifest.model)
     shown, population, source = _prompts(options, bundle, calibration)
@@ -139,7 +143,9 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
         notes.append("The bundle has no policy: every run is at uniform bits.")
     else:
         policy = _decisions(pipeline, population, source, calibration, progress)
-    engines = _engines(pipeline, progress)
+    engines = time_engines(pipeline, progress)
+    sizes = [step_of(pipeline, engines)]
+    sizes += [step_of(other, time_engines(other, progress)) for other in other_sizes(pipeline)]
     parity = None
     if not options.parity:
         notes.append("Engines were not compared with their graphs: --no-parity.")
@@ -160,6 +166,7 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
         rows=rows,
         policy=policy,
         engines=engines,
+        sizes=tuple(sizes),
         parity=parity,
         provenance=_provenance(pipeline),
         notes=tuple(notes),
@@ -284,28 +291,6 @@ def _decisions(
     return statistics(manifest, found, source, levels, bool(ladder))
 
 
-def _engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, ...]:
-    bundle = pipeline.bundle
-    blocks = bundle.manifest.blocks
-    progress.stage("time", TIMING_REPEATS + 1)
-    told = f"{sum(len(block.variants) for block in blocks)} engines in turn"
-    times = pipeline.chain.time_blocks(TIMING_REPEATS, lambda: progress.item(told))
-    rows = []
-    for block in blocks:
-        for name, variant in block.variants.items():
-            engine = bundle.engine(pipeline.target.entry, variant.onnx)
-            rows.append(
-                EngineRow(
-                    block=block.name,
-                    variant=str(variant.bits) if variant.layers is None else name,
-                    container=variant.container.value,
-                    bytes=bundle.manifest.files[engine.path].size,
-                    milliseconds=1000 * times[block.name][name],
-                )
-            )
-    return tuple(rows)
-
-
 def _provenance(pipeline: TextToImage) -> tuple[tuple[str, str], ...]:
     manifest = pipeline.bundle.manifest
     policy, target, sampler = manifest.policy, pipeline.target.entry, manifest.sampler
@@ -319,7 +304,7 @@ def _provenance(pipeline: TextToImage) -> tuple[tuple[str, str], ...]:
         "Policy graph (SHA-256)": _hash(pipeline.bundle, policy.onnx if policy else None),
         "Sampler": f"{sampler.scheduler}, {len(sampler.steps)} steps",
         "Image": "; ".join(f"{s.image[1]} x {s.image[0]}, batch {s.batch_size}" for s in shapes)
-        + (" (this report: the first)" if len(shapes) > 1 else ""),
+        + (f" (this report: {manifest.shapes.label})" if len(shapes) > 1 else ""),
         "Engines": f"{target.backend} {target.version} for {target.device}",
         "Built with": ", ".join(
             f"{name} {version}"

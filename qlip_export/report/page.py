@@ -16,7 +16,8 @@ from qlip_export.errors import QlipError
 from qlip_export.files import explained_os_errors, written_aside
 from qlip_export.memory import account
 from qlip_export.report import charts
-from qlip_export.report.collect import TIMING_REPEATS, ReportData, median_seconds
+from qlip_export.report.collect import ReportData, median_seconds
+from qlip_export.report.engines import TIMING_REPEATS
 from qlip_export.spec import Frozen
 
 MOST = 10_000_000
@@ -88,6 +89,8 @@ def render(data: ReportData, quality: int | None = None) -> str:
         for i, row in enumerate(data.rows)
     ]
     statistics = data.policy
+    compared = [data.parity, *data.parity.other_sizes] if data.parity else []
+    label = manifest.shapes.label
     return environment.get_template("page.html.j2").render(
         data=data,
         manifest=manifest,
@@ -100,6 +103,8 @@ def render(data: ReportData, quality: int | None = None) -> str:
         average_fab=_average_fab(data),
         memory=account(manifest),
         timing_repeats=TIMING_REPEATS,
+        parity=next((found for found in compared if found.size == label), data.parity),
+        off={found.size: sum(not row.passed for row in found.rows) for found in compared},
         picture=lambda image: _data_url(image, quality),
         plotly=Markup(get_plotlyjs()),
     )

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,29 @@ class TextToImage:
         """
         bundle = Bundle.open(path).at(height=height, width=width, batch_size=batch_size, images=images)
         return cls(bundle, choose_target(bundle, backend, threads=threads))
+
+    def at(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        images: int | None = None,
+    ) -> TextToImage:
+        """Return the same bundle in another of its sizes, on the same backend; itself where that is its own.
+
+        Nothing is loaded yet, and what this one loaded goes when nobody refers to it any more.
+
+        Raises:
+            QlipError: The bundle has no such size.
+        """
+        bundle = Bundle.open(self.bundle.root).at(
+            height=height, width=width, batch_size=batch_size, images=images
+        )
+        if bundle.manifest.shapes == self.bundle.manifest.shapes:
+            return self
+        entry = bundle.manifest.targets[self.target.name]
+        return TextToImage(bundle, replace(self.target, entry=entry))
 
     def __call__(
         self,

@@ -28,7 +28,7 @@ class Limits:
 
     Attributes:
         max_variants: Of each block.
-        max_engine_bytes: Of all engines of the denoiser, estimated.
+        max_engine_bytes: Of all engines of the denoiser, in all sizes of images together, estimated.
         target_fab: Feature average bits to reach with the fewest engines.
         target_latency: Seconds of the denoiser for an image, to reach with the fewest engines.
     """
@@ -49,18 +49,20 @@ class Hardware:
         milliseconds: Measured times, block -> bits -> a call at uniform bits; none where nobody measured.
         measured: Times of variants, block -> bits of its quantized layers -> a call, where an earlier build
             has engines of them.
+        sizes: Of images and batches; a variant becomes an engine in each. Times are those of the first.
     """
 
     engine_bytes: Callable[[Sequence[tuple[LayerEntry, Container]]], int] | None = None
     milliseconds: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     measured: Mapping[str, Mapping[tuple[int, ...], float]] = field(default_factory=dict)
+    sizes: int = 1
 
 
 class VariantRow(Frozen):
     """What a number of variants costs and gives."""
 
     variants: int | None = Field(description="of each block at most; none: one for all that can be asked for")
-    engines: int = Field(description="of the denoiser")
+    engines: int = Field(description="of the denoiser, in all sizes of images together")
     bytes: int | None = Field(description="of these engines, estimated; none: of no known backend")
     fab: float = Field(description="feature average bits, expected over calibration prompts")
     seconds: float | None = Field(
@@ -215,7 +217,7 @@ class _Costs:
             sizes = [self._bytes(name, v) for name, variants in plan.variants.items() for v in variants]
         return VariantRow(
             variants=None if count == EXACT else count,
-            engines=plan.engines,
+            engines=plan.engines * self._hardware.sizes,
             bytes=None if sizes is None else sum(sizes),
             fab=round(plan.fab, 4),
             seconds=round(self._seconds(plan), 4) if self.timed else None,
@@ -267,11 +269,11 @@ class _Costs:
         return sum(self._bytes(name, variant) for variant in variants)
 
     def _bytes(self, name: str, variant: Bits) -> int:
-        """Return roughly what an engine takes."""
+        """Return roughly what the engines of a variant take, one for each size."""
         assert self._hardware.engine_bytes is not None
         bits = iter(variant.tolist())
         layers = self._blocks[name]
-        return self._hardware.engine_bytes(
+        return self._hardware.sizes * self._hardware.engine_bytes(
             [(e, container_of(next(bits)) if e.quantized else Container.HALF) for e in layers]
         )
 

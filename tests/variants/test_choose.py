@@ -112,6 +112,21 @@ def test_engine_bytes_stay_within_the_budget_and_more_of_it_never_hurts() -> Non
         choose(table, Limits(max_engine_bytes=least.bytes - 1), hardware)
 
 
+def test_every_size_of_images_has_engines_of_its_own() -> None:
+    table = random_table(8, 2, seed=3)
+
+    def chosen(limits: Limits, sizes: int) -> Any:
+        return choose(
+            table, limits, Hardware(engine_bytes=lambda layers: 500 + len(layers), sizes=sizes)
+        ).chosen
+
+    one, two = (chosen(Limits(max_variants=2), sizes) for sizes in (1, 2))
+    assert (two.engines, two.bytes, two.fab) == (2 * one.engines, 2 * one.bytes, one.fab)
+    assert (
+        chosen(Limits(max_engine_bytes=two.bytes), 2).fab == chosen(Limits(max_engine_bytes=one.bytes), 1).fab
+    )
+
+
 def test_a_target_is_reached_with_the_fewest_engines() -> None:
     table = random_table(8, 2, seed=3)
     rows = [choose(table, Limits(max_variants=n), Hardware(milliseconds=TIMES)).chosen for n in (1, 2, 3, 4)]

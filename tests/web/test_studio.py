@@ -110,6 +110,9 @@ def test_failure_is_told_and_the_next_request_works(
     class Broken:
         bundle, chain, qualities = studio.pipeline.bundle, studio.pipeline.chain, studio.pipeline.qualities
 
+        def at(self, **size: int) -> Any:
+            return self
+
         def __call__(self, *arguments: Any, **options: Any) -> None:
             raise error
 
