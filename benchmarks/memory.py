@@ -2,8 +2,9 @@
 
 python -m benchmarks.memory                      # 2, 4 and 8 double blocks: about ten minutes of a core
 python -m benchmarks.memory --model sdxl         # a model of the zoo as it is
+python -m benchmarks.memory --whole              # all of FLUX, text encoders too: half an hour, 16 GB of disk
 
-Weights are random and the text encoders short, so that what is measured is the denoiser.
+Weights are random, and without --whole the text encoders are short, so that what is measured is the denoiser.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ SHORT = {
 }
 
 
-def measure(model: str, blocks: int | None) -> dict[str, Any]:
+def measure(model: str, blocks: int | None, *, whole: bool) -> dict[str, Any]:
     """Export a model of the zoo, its transformer cut to so many double and single blocks; return the row."""
     with tempfile.TemporaryDirectory(prefix="qlip-memory-") as name:
         folder, out = Path(name) / model, Path(name) / "bundle"
         shutil.copytree(CONFIGS / model, folder)
-        for part, changes in SHORT.items():
+        for part, changes in ({} if whole else SHORT).items():
             change(folder / part, changes)
         if blocks is not None:
             change(folder / "transformer", {"num_layers": blocks, "num_single_layers": blocks})
@@ -63,12 +64,13 @@ def main() -> None:
     )
     parser.add_argument("--model", default="flux-dev", help="a name of the zoo")
     parser.add_argument("--blocks", type=int, nargs="*", help="of each kind; 2 4 8 for FLUX")
+    parser.add_argument("--whole", action="store_true", help="all blocks, and text encoders as they are")
     chosen = parser.parse_args()
-    flux = chosen.model.startswith("flux")
-    counts = chosen.blocks or ([2, 4, 8] if flux else [None])
+    curve = chosen.model.startswith("flux") and not chosen.whole
+    counts = chosen.blocks or ([2, 4, 8] if curve else [None])
     rows = []
     for count in counts:
-        rows.append(measure(chosen.model, count))
+        rows.append(measure(chosen.model, count, whole=chosen.whole))
         row = rows[-1]
         print(
             f"{chosen.model}, {count or 'all'} blocks of each kind: peak {row['peak'] / 1e9:.2f} GB, "

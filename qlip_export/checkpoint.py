@@ -88,14 +88,17 @@ class Component:
         """Parameters that are not what the folder holds."""
         return ()
 
-    def get(self, name: str) -> NDArray[Any]:
-        """Return one parameter as float16 or float32 (bfloat16 is widened), in its stored shape.
+    def get(self, name: str, *, bfloat16: bool = False) -> NDArray[Any]:
+        """Return one parameter as float16 or float32, in its stored shape.
+
+        One that is stored in bfloat16 is widened, unless the caller takes ``bfloat16``.
 
         Raises:
             QlipError: The checkpoint has no such parameter, or it is not finite.
         """
         array = self._read(self._stored_name(name))
-        if array.dtype not in (np.float16, np.float32):
+        kept = array.dtype in (np.float16, np.float32) or (bfloat16 and array.dtype.name == "bfloat16")
+        if not kept:
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise QlipError(

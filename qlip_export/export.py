@@ -238,17 +238,19 @@ class Exporter:
         key = content_key("weights", captured.key, bits, method.key if bits != 32 else "")
         self._progress.stage("weights", len(parameters))
 
+        halves = name == "denoiser"  # text encoder and VAE run in FP32 only, whatever they are stored in
+
         def make(path: Path) -> JsonValue:
             with path.open("wb") as file:
                 index = write_weights(
                     file,
                     layers,
                     parameters,
-                    captured.component.get,
+                    partial(captured.component.get, bfloat16=not halves),
                     bits,
                     method.quantize,
                     self._progress.item,
-                    halves=name == "denoiser",  # text encoder and VAE run in FP32 only
+                    halves,
                 )
             facts: JsonValue = index.model_dump(mode="json")
             return facts

@@ -35,7 +35,10 @@ def test_precision_is_kept_and_bfloat16_widened(folder: Path) -> None:
     assert part.get("a").dtype == np.float32
     assert part.get("b").dtype == np.float16
     assert part.get("c").dtype == np.float32
+    assert part.get("c", bfloat16=True).dtype.name == "bfloat16"
+    assert part.get("a", bfloat16=True).dtype == np.float32
     for name in "abc":
+        np.testing.assert_array_equal(part.get(name, bfloat16=True).astype(np.float32), values.numpy())
         np.testing.assert_array_equal(part.get(name).astype(np.float32), values.numpy())
 
 

@@ -15,6 +15,7 @@ from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.diffusers_denoiser import DiffusersDenoiser
 from qlip_export.errors import QlipError
+from qlip_export.graph.weights import WeightIndex
 from qlip_export.noise import seeded_noise
 from qlip_export.progress import Silent
 from qlip_export.reference import psnr, reference_image, reference_pipeline
@@ -126,6 +127,14 @@ def test_distilled_model_takes_no_negative_prompt(built: Built, cli: Cli) -> Non
     assert done.code == 2
     assert "flux takes no negative prompt" in done.err
     assert built.runtime(PROMPT, seed=1, negative_prompt="").images  # an empty one asks for nothing
+
+
+@pytest.mark.parametrize("built", ["flux"], indirect=True)
+def test_text_encoder_is_stored_as_the_checkpoint_has_it(built: Built) -> None:
+    files = Bundle.open(built.bundle).manifest.files
+    facts = files["onnx/text_encoder_2.weights.bin"].facts
+    index = WeightIndex.model_validate(facts)
+    assert {tensor.dtype for tensor in index.tensors.values()} == {"BFLOAT16"}
 
 
 def test_bundle_is_no_unet_of_stable_diffusion(built: Built) -> None:

@@ -60,7 +60,10 @@ def write_sdxl(folder: Path) -> Path:
 
 
 def write_flux(folder: Path, family: str = "flux") -> Path:
-    """Write a FLUX pipeline; ``family`` may also be ``flux-schnell``. The CLIP encoder has a projection."""
+    """Write a FLUX pipeline; ``family`` may also be ``flux-schnell``. The CLIP encoder has a projection.
+
+    T5 is stored in BF16, as all of FLUX.1 is.
+    """
     parts = {
         "transformer": lambda: _denoiser(family),
         "vae": lambda: make_vae(shift_factor=0.1),
@@ -79,15 +82,23 @@ def write_flux(folder: Path, family: str = "flux") -> Path:
     }
     shifts = family == "flux"
     scheduler = FLOW_MATCH | {"shift": 3.0 if shifts else 1.0, "use_dynamic_shifting": shifts}
-    return _write(folder, parts, index, scheduler)
+    return _write(folder, parts, index, scheduler, bfloat16="text_encoder_2")
 
 
-def _write(folder: Path, parts: dict[str, Any], index: dict[str, Any], scheduler: dict[str, Any]) -> Path:
+def _write(
+    folder: Path,
+    parts: dict[str, Any],
+    index: dict[str, Any],
+    scheduler: dict[str, Any],
+    bfloat16: str | None = None,
+) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, make in parts.items():
             part = make()
             liven(part)
+            if name == bfloat16:
+                part = part.bfloat16()
             part.save_pretrained(folder / name)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))

@@ -86,9 +86,12 @@ class WeightWriter:
         self.layer_axis[layer.weight] = 1 if layer.transposed else 0
 
     def add_parameter(self, name: str, array: NDArray[Any]) -> None:
-        """Store a parameter as it is: nothing is gained by widening an FP16 checkpoint."""
+        """Store a parameter as it is: nothing is gained by widening an FP16 or BF16 checkpoint."""
         if array.dtype == np.float16:
             self._append(f"{name}.half", "FLOAT16", array.shape, array)
+            return
+        if array.dtype.name == "bfloat16":
+            self._append(f"{name}.bfloat", "BFLOAT16", array.shape, array)
             return
         self._append(name, "FLOAT", array.shape, array.astype("<f4"))
         if self._halves:
@@ -116,9 +119,9 @@ def bind_weights(
     """Replace every parameter input of ``model`` by a reference into the weight file, in place.
 
     Quantized weights become a DequantizeLinear over their codes, in the type the graph wants (FP32 or FP16).
-    Parameters that are stored only in FP16 are widened by a Cast where the graph wants FP32. Codes and
-    DequantizeLinear bear the parameter's name; scales and what comes out have short ones, because names are a
-    good part of a graph, and a policy by layer takes a hundred graphs.
+    Parameters that are stored only in FP16 or BF16 are widened by a Cast where the graph wants FP32. Codes
+    and DequantizeLinear bear the parameter's name; scales and what comes out have short ones, because names
+    are a good part of a graph, and a policy by layer takes a hundred graphs.
     """
     graph = model.graph
     made: dict[str, ir.Value] = {}
@@ -151,9 +154,8 @@ def bind_weights(
                 raise ValueError(f"{name}: stored as {value.shape}, used as {target.shape}")
             target.replace_all_uses_with(value)
         else:
-            node = ir.node(
-                "Cast", [stored(f"{name}.half")], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.float"
-            )
+            narrow = f"{name}.half" if f"{name}.half" in index.tensors else f"{name}.bfloat"
+            node = ir.node("Cast", [stored(narrow)], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.float")
             _insert(graph, node, target, f"weight.{number}")
         transpose = target.producer()
         if transpose is not None:

@@ -13,14 +13,14 @@ import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
 
-from qlip_export.bundle import Bundle
+from qlip_export.bundle import Bundle, EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
 from qlip_export.graph.layers import find_layers
 from qlip_export.graph.weights import ALIGNMENT, WeightIndex, WeightWriter, bind_weights, write_weights
 from qlip_export.quant.weights import round_to_nearest
 from qlip_export.reference import DENOISER_WEIGHTS, quantized_weights
-from qlip_export.spec import WeightBits
+from qlip_export.spec import Container, WeightBits
 from tests.graph.conftest import Arrays, graph, relative, run
 
 X = np.random.default_rng(1).standard_normal((2, 7, 5), dtype=np.float32)
@@ -65,6 +65,43 @@ def test_graph_multiplies_by_the_stored_weight(tmp_path: Path, bits: WeightBits)
     expected = X @ weight.T + WEIGHTS["lin.bias"]
     assert relative(run(path, {"x": X})["y"], expected) < 1e-6
     assert "Transpose" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_bfloat16_stays_in_the_file_and_is_exact(tmp_path: Path, backend: str) -> None:
+    """As a text encoder is stored: no FP16 copies, and wide again in the graph."""
+    narrow = {name: array.astype(ir.DataType.BFLOAT16.numpy()) for name, array in WEIGHTS.items()}
+    model, file = linear(), io.BytesIO()
+    layers = find_layers(model.graph)
+    args = (layers, list(narrow), narrow.__getitem__, 32, round_to_nearest, lambda _: None)
+    index = write_weights(file, *args, halves=False)  # type: ignore[arg-type]
+    (tmp_path / "w.bin").write_bytes(file.getvalue())
+    assert sum(tensor.length for tensor in index.tensors.values()) == 2 * (9 * 5 + 9)
+    path = bound(tmp_path, model, index)
+    wide = {name: array.astype(np.float32) for name, array in narrow.items()}
+    expected = X @ wide["lin.weight"].T + wide["lin.bias"]
+    found = compiled(path, backend, {"x": X})["y"]
+    assert relative(found, expected) < 1e-6
+
+
+def compiled(onnx_file: Path, backend: str, inputs: Arrays) -> Arrays:
+    """Run a graph as an engine in FP32."""
+    from qlip_export.backends import get_backend
+
+    made = get_backend(backend)
+    engine = onnx_file.with_suffix(made.capabilities.suffix)
+    ports = made.compile(onnx_file, engine, Container.FLOAT)
+    entry = EngineEntry(
+        path=engine.name, container=Container.FLOAT, inputs=ports.inputs, outputs=ports.outputs, widened=False
+    )
+    loaded = made.load(engine, entry)
+    buffers = {port.name: made.allocate(port.shape, port.dtype) for port in (*ports.inputs, *ports.outputs)}
+    for name, buffer in buffers.items():
+        loaded.bind(name, buffer)
+    for name, array in inputs.items():
+        made.write(buffers[name], array)
+    loaded.run()
+    return {port.name: made.read(buffers[port.name]) for port in ports.outputs}
 
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
