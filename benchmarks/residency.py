@@ -11,12 +11,8 @@ from typing import Any
 
 from benchmarks.bundles import Subject, prepare, subject
 from benchmarks.timing import THREADS, interleave, ratio, summary
-from qlip_export.backends.memory import (
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    return_free_memory,
-)
+from qlip_export.backends.heap import return_free_memory
+from qlip_export.backends.memory import private_bytes, sampled_private_bytes
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Pattern
 from qlip_export.runtime.schedule import Scheduler
@@ -102,16 +98,16 @@ def peaks_apart(bundle: Path, chooser: Path, steps: int | None) -> list[dict[str
 def peak(bundle: Path, chooser: Path, steps: int | None, budget: int) -> dict[str, Any]:
     """Return what a run in this process was predicted to take at a budget, and its measured peak, in bytes.
 
-    What is resident before, when the smallest engine has come and gone (interpreter, library), is subtracted
-    from what is measured.
+    Private memory is sampled every millisecond. What there is before, when the smallest engine has come and
+    gone (interpreter, library), is subtracted.
     """
     pipeline = load(bundle, chooser, steps)
     _start_library(pipeline)
     return_free_memory()
-    base = resident_bytes()
-    reset_peak()
-    used: dict[str, Any] = pipeline(PROMPT, seed=0, memory_budget=budget).records[0]["memory"]
-    return {**used, "measured_peak": (peak_resident_bytes() or 0) - base}
+    base = private_bytes()
+    with sampled_private_bytes() as samples:
+        used: dict[str, Any] = pipeline(PROMPT, seed=0, memory_budget=budget).records[0]["memory"]
+    return {**used, "measured_peak": max(samples) - base}
 
 
 def _start_library(pipeline: TextToImage) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qlip_export.backends.memory import peak_resident_bytes, resident_bytes, return_free_memory
+from qlip_export.backends.heap import return_free_memory
+from qlip_export.backends.memory import resident_bytes, tells_memory
 from qlip_export.bundle import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.runtime import TextToImage
@@ -24,7 +25,7 @@ from tests.conftest import STEPS, Cli, Shared, build_tiny
 PROMPTS = ["a red apple", "the blue boat", "a dog"]
 AMPLE = 10**9
 
-needs_linux = pytest.mark.skipif(peak_resident_bytes() is None, reason="resident memory is read from /proc")
+needs_linux = pytest.mark.skipif(not tells_memory(), reason="resident memory is read from /proc")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
+from qlip_export.backends.heap import share_one_heap
 from qlip_export.errors import QlipError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def get_backend(name: str, *, threads: int | None = None) -> Backend:
     try:
         if not is_installed(found.library):
             raise ImportError(f"No module named {found.library!r}")
+        share_one_heap()  # before the library starts its first thread
         backend = getattr(importlib.import_module(found.module), found.class_name)(threads=threads)
     except ImportError as error:
         raise QlipError(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
+import threading
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlip_export.backends.base import Backend
+from qlip_export.backends.heap import return_free_memory
 from qlip_export.bundle import EngineEntry, EngineMemory
 
 _STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
+_SAMPLE = 0.001
 
 
 def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMemory | None:
     """Return what an engine file takes when it is loaded into this process and run.
 
-    Resident memory is read after free memory has gone back to the system, so it counts pages that are in use:
-    private ones, and those of the engine file that a run reads. It is what dropping the engine gives back:
-    what stays behind, in heap pages that others use too, is not in it.
+    Private memory is read after free memory has gone back to the system. It is what dropping the engine gives
+    back: what stays behind, in heap pages that others use too, is not in it. Nor are pages of the engine file
+    that is mapped: the system drops them when memory runs short, and how many it maps around one that is read
+    is its own choice.
 
     Args:
         backend: Loads and runs it; its device must be this process's memory.
@@ -31,33 +32,42 @@ def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMe
     Returns:
         Bytes, and the seconds of loading it; ``None`` where the system does not tell (anything but Linux).
     """
-    if peak_resident_bytes() is None:
+    if not tells_memory():
         return None
     buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
     return_free_memory()
-    reset_peak()
+    before = private_bytes()
     started = time.process_time()
-    engine = backend.load(path, entry)
+    with sampled_private_bytes() as while_loading:
+        engine = backend.load(path, entry)
+        engine.frugal = True
+        for name, buffer in buffers.items():
+            engine.bind(name, buffer)
     seconds = time.process_time() - started
-    engine.frugal = True
-    for name, buffer in buffers.items():
-        engine.bind(name, buffer)
-    while_loading = _peak()
-    engine.run()
-    return_free_memory()
-    idle = resident_bytes()
-    reset_peak()
-    engine.run()
-    running = _peak()
+    with sampled_private_bytes() as running:
+        engine.run()
+        return_free_memory()
+        idle = private_bytes()
+        engine.run()
     del engine
     return_free_memory()
-    resident = max(0, idle - resident_bytes())
+    resident = max(0, idle - private_bytes())
     return EngineMemory(
         resident=resident,
-        scratch=max(0, running - idle),
-        loading=max(0, while_loading - idle),
+        scratch=max(0, max(running) - idle),
+        loading=max(0, max(while_loading) - before - resident),
         seconds=round(seconds, 4),
     )
+
+
+def tells_memory() -> bool:
+    """Return whether the system tells what this process takes (Linux)."""
+    return _STATUS.is_file()
+
+
+def private_bytes() -> int:
+    """Return the memory of this process that no file backs (Linux)."""
+    return _field("RssAnon") or 0
 
 
 def resident_bytes() -> int:
@@ -74,28 +84,24 @@ def available_memory_bytes() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def peak_resident_bytes() -> int | None:
-    """Return the most that was resident since `reset_peak`, or ``None`` where the system cannot tell."""
-    return _field("VmHWM") if os.access(_CLEAR, os.W_OK) else None
+@contextmanager
+def sampled_private_bytes() -> Iterator[list[int]]:
+    """Yield a list of what `private_bytes` is from now on, every millisecond."""
+    samples = [private_bytes()]
+    done = threading.Event()
 
+    def sample() -> None:
+        while not done.wait(_SAMPLE):
+            samples.append(private_bytes())
 
-def reset_peak() -> None:
-    """Begin a new peak."""
-    _CLEAR.write_text("5")
-
-
-def return_free_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc).
-
-    Engines go when nothing refers to them. Python's collector is not asked: with torch loaded it takes longer
-    than loading an engine.
-    """
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-def _peak() -> int:
-    return peak_resident_bytes() or 0
+    sampler = threading.Thread(target=sample, name="qlip-memory")
+    sampler.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        sampler.join()
+        samples.append(private_bytes())
 
 
 def _field(name: str) -> int | None:
@@ -103,12 +109,3 @@ def _field(name: str) -> int | None:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):  # not glibc
-        return None
-    return found

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlip_export.backends.base import Engine
-from qlip_export.backends.memory import return_free_memory
+from qlip_export.backends.heap import return_free_memory
 from qlip_export.backends.numa import unbind_memory
 from qlip_export.bundle import Bundle, EngineEntry, EngineMemory
 from qlip_export.runtime.residency import Action, ResidencyPlan, plan_residency
