@@ -36,6 +36,7 @@ from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
 from qlip_export.graph.layers import find_layers, static_shape
 from qlip_export.graph.split import Block, split
+from qlip_export.graph.store import save
 from qlip_export.graph.variant import type_variant
 from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
 from qlip_export.pipelines import TextEncoder, pipeline_of
@@ -363,7 +364,7 @@ class Exporter:
             if container is not Container.FLOAT:
                 type_variant(model, pattern, thresholds)
             bind_weights(model, block.inputs, weights.index, weights.location, weights.folder)
-            _save(model, path)
+            save(model, path)
 
         path = f"onnx/{block.name}.{name}{captured.tag}.onnx"
         self._workspace.product(path, key, make)
@@ -385,7 +386,7 @@ class Exporter:
             def make(path: Path, piece: Block = piece) -> None:
                 model = piece.model.clone()
                 bind_weights(model, piece.inputs, weights.index, weights.location, weights.folder)
-                _save(model, path)
+                save(model, path)
 
             path = f"onnx/{'.'.join(filter(None, (name, piece.name)))}{captured.tag}.onnx"
             key = content_key(weights.key, captured.key, piece.name, piece.inputs, piece.outputs)
@@ -426,27 +427,6 @@ def _thresholds(ranges: Ranges | None, bits: int, layers: set[str], block: str) 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    """Check types and shapes, then write the graph; weights stay where they are."""
-    import onnx
-    import onnx_ir as ir
-
-    proto = ir.to_proto(model)
-    known = {tensor.name for tensor in proto.graph.initializer}  # these tell their types themselves
-    typed = [value for value in proto.graph.value_info if value.name not in known]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(typed)
-    try:
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise QlipError(f"the graph {model.graph.name} is not well typed", found=str(error)) from error
-    path.write_bytes(proto.SerializeToString())
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise QlipError(f"the graph {model.graph.name} is not valid ONNX", found=str(error)) from error
 
 
 def _count(model: ir.Model, weight: str) -> int:

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "lazy:graph.expand",
         "lazy:graph.fuse",
         "lazy:graph.precisions",
+        "lazy:graph.store",
     },
     "backends.options": {"spec"},
     "runtime": {

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qlip_export.bundle import Bundle, PolicyEntry
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.graph.store import load
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.schedule import Scheduler, layer_bits
 from qlip_export.spec import container_of
@@ -110,7 +111,7 @@ def precisions(model: ir.Model) -> dict[str, tuple[bool, str]]:
         producer = weight.producer() if weight is not None else None
         if producer is None or producer.op_type != "DequantizeLinear":
             continue
-        name = str(producer.name).removesuffix(".weight.dq")
+        name = str(producer.name).removesuffix("/weight.dq")
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         quantized = source is not None and source.op_type == "DequantizeLinear"
         found[name] = quantized, str(node.outputs[0].dtype)
@@ -122,7 +123,7 @@ def test_graphs_are_typed_layer_by_layer(pipeline: TextToImage) -> None:
     mixed = 0
     for block in pipeline.chain.blocks:
         for name, variant in block.variants.items():
-            found = precisions(ir.load(pipeline.bundle.file(variant.onnx)))
+            found = precisions(load(pipeline.bundle.file(variant.onnx)))
             expected = {
                 e.name: types[b] for e, b in zip(block.quantized, block.layer_bits(name), strict=True)
             }

@@ -91,8 +91,9 @@ class OnnxRuntimeCudaBackend(Backend):
         import onnx_ir as ir
 
         from qlip_export.graph.fuse import float_argmax, fuse_attention, split_group_norm
+        from qlip_export.graph.store import load
 
-        model = ir.load(onnx)
+        model = load(onnx)
         ir.external_data.load_to_model(model)
         split_group_norm(model)
         float_argmax(model)

@@ -96,8 +96,9 @@ class OpenVINOBackend(Backend):
 
         from qlip_export.graph.expand import expand_int4
         from qlip_export.graph.precisions import asked_precisions, locate
+        from qlip_export.graph.store import load
 
-        model = ir.load(onnx)
+        model = load(onnx)
         asked = asked_precisions(model)
         expand_int4(model)
         # A plugin that computes in 16 bits lowers FP32 layers too, so in their company FP16 is widened.
@@ -139,9 +140,10 @@ class OpenVINOBackend(Backend):
             precision = _COMPUTED.get(told, told)
             types[precision] += 1
             if product:
-                # A fused layer has the name of the node it began as, and lists the others.
+                # A fused layer has the name of the node it began as, and lists the others. Names of nodes
+                # have one slash; what follows another is the plugin's.
                 names = {name, *info["originalLayersNames"].astype(str).split(",")}
-                found.update({part.split("/")[0]: precision for part in names})
+                found.update({"/".join(part.split("/")[:2]): precision for part in names})
         half = "float32" if widened else self.capabilities.half
         # Layers with a bias may go by its name after fusion; those with Q/DQ never did.
         here = {

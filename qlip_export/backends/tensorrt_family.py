@@ -57,8 +57,9 @@ class TensorRtFamily(TensorRtRuntime):
 
         from qlip_export.graph.expand import expand_int4
         from qlip_export.graph.precisions import asked_precisions
+        from qlip_export.graph.store import load
 
-        asked = asked_precisions(ir.load(onnx))
+        asked = asked_precisions(load(onnx))
         refusal: QlipError | None = None
         # INT8 kernels multiply INT8; others may read packed INT4, which depends on library and version.
         if container is not Container.INT8:

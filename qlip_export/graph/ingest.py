@@ -1,7 +1,7 @@
 """Turn the exporter's output into the form the other passes expect.
 
-Afterwards every parameter is a graph input named as in the checkpoint, every node carries the path of the
-module it came from (and nothing else), constants are folded, and attention reads as MatMul-Softmax-MatMul.
+Afterwards every parameter is a graph input named as in the checkpoint, every node is named after the module
+it came from (and carries nothing else), constants are folded, and attention reads as MatMul-Softmax-MatMul.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 import onnx_ir as ir
-
-SCOPE = "qlip.scope"
-"""Node metadata: path of the module that produced the node, '' at the top."""
 
 _EXPORTER_SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -29,11 +27,13 @@ def ingest(model: ir.Model, *, parameters: set[str], prefix: str) -> ir.Model:
     """
     _fold(model, parameters)
     graph = model.graph
+    _transpose_attention_keys(graph)
+    seen: Counter[str] = Counter()
     for node in graph:
-        scope = _scope_of(node, prefix)
+        name = f"{_module_of(node, prefix)}/{node.op_type}"
+        node.name = f"{name}_{seen[name]}" if seen[name] else name
+        seen[name] += 1
         node.metadata_props.clear()
-        if scope is not None:
-            node.metadata_props[SCOPE] = scope
         node.doc_string = None
     for value in [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]:
         value.metadata_props.clear()
@@ -48,7 +48,6 @@ def ingest(model: ir.Model, *, parameters: set[str], prefix: str) -> ir.Model:
     model.producer_name = "qlip-export"
     model.producer_version = None
     model.functions.clear()
-    _transpose_attention_keys(graph)
     return model
 
 
@@ -57,10 +56,16 @@ def parameters_of(graph: ir.Graph, runtime_inputs: set[str]) -> list[ir.Value]:
     return [v for v in graph.inputs if v.name not in runtime_inputs]
 
 
-def _scope_of(node: ir.Node, prefix: str) -> str | None:
+def module_of(node: ir.Node) -> str:
+    """Return the path of the module that a node came from, '' at the top or where its name tells none."""
+    return str(node.name).rpartition("/")[0]
+
+
+def _module_of(node: ir.Node, prefix: str) -> str:
+    """Return the same of a node as the exporter wrote it."""
     text = node.metadata_props.get(_EXPORTER_SCOPES)
     if text is None:
-        return None
+        return ""
     scopes = [str(scope) for scope in ast.literal_eval(text)]
     module = scopes[-2] if len(scopes) > 1 else ""
     return module.removeprefix(prefix.rstrip(".")).lstrip(".")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qlip_export.graph.ingest import SCOPE
+from qlip_export.graph.ingest import module_of
 from qlip_export.spec import Asked
 
 _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -32,7 +32,7 @@ def locate(onnx: Path, message: str) -> str:
         named = [node for node in nodes if node.op_type in operators]
     if not named:
         return onnx.name
-    layer = named[0].metadata_props.get(SCOPE)
+    layer = module_of(named[0])
     where = f"{onnx.name}: node {named[0].name!r} ({named[0].op_type})"
     return where + (f" of layer {layer!r}" if layer else "")
 
@@ -43,11 +43,13 @@ _UNSUPPORTED = re.compile(
 
 
 def _layer_name(node: ir.Node) -> str:
-    value = node.inputs[1]
-    while value is not None and (producer := value.producer()) is not None:
-        value = producer.inputs[0]
     # The checkpoint's name of the weight is what stays of a layer when exporters move its node.
-    return str(value.name if value is not None else "").split(".weight")[0]
+    value, name = node.inputs[1], ""
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type != "Transpose":
+            name = module_of(producer)
+        value = producer.inputs[0]
+    return name or str(value.name if value is not None else "").split(".weight")[0]
 
 
 def _precision(node: ir.Node) -> str:

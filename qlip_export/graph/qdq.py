@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -35,6 +36,7 @@ def insert_qdq(model: ir.Model, bits_of: Mapping[str, int], range_of: Mapping[st
     if unknown := set(bits_of) - set(layers):
         raise QlipError("layers to quantize are not in the graph", found=", ".join(sorted(unknown)))
     shared: dict[tuple[ir.Value, int, float], ir.Value] = {}
+    grids: Counter[tuple[ir.Value, int]] = Counter()
     # In graph order: a shared pair must stand before the first layer that reads it.
     for name in [name for name in layers if name in bits_of]:
         bits = bits_of[name]
@@ -51,17 +53,21 @@ def insert_qdq(model: ir.Model, bits_of: Mapping[str, int], range_of: Mapping[st
         scale = activation_scale(range_of[name], bits)
         key = (source, bits, scale)
         if key not in shared:
-            shared[key] = _quantized(graph, node, source, bits, scale)
+            # Layers may read one tensor on several grids.
+            known_as = f"{source.name}.q{bits}" + (f".{grids[source, bits]}" if grids[source, bits] else "")
+            grids[source, bits] += 1
+            shared[key] = _quantized(graph, node, name, source, bits, scale, known_as)
         node.replace_input_with(0, shared[key])
     return len(bits_of)
 
 
-def _quantized(graph: ir.Graph, before: ir.Node, source: ir.Value, bits: int, scale: float) -> ir.Value:
-    # Layers may read one tensor on several grids; the name says which.
-    suffix = f"{source.name}.q{bits}.{np.float32(scale).view(np.int32):x}"
-
+def _quantized(
+    graph: ir.Graph, before: ir.Node, layer: str, source: ir.Value, bits: int, scale: float, known_as: str
+) -> ir.Value:
     def constant(name: str, value: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(value, name=f"{suffix}.{name}")
+        if name in graph.initializers:
+            return graph.initializers[name]
+        tensor = ir.tensor(value, name=name)
         out = ir.Value(
             name=tensor.name,
             shape=ir.Shape(value.shape),
@@ -72,9 +78,9 @@ def _quantized(graph: ir.Graph, before: ir.Node, source: ir.Value, bits: int, sc
         return out
 
     def insert(op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType) -> ir.Value:
-        node = ir.node(op, inputs, name=f"{suffix}.{name}")
+        node = ir.node(op, inputs, name=f"{layer}/input.{name}")
         out = node.outputs[0]
-        out.name, out.shape, out.type = f"{suffix}.{name}", source.shape, ir.TensorType(dtype)
+        out.name, out.shape, out.type = f"{known_as}.{name}", source.shape, ir.TensorType(dtype)
         graph.insert_before(before, node)
         return out
 
@@ -82,8 +88,11 @@ def _quantized(graph: ir.Graph, before: ir.Node, source: ir.Value, bits: int, sc
     if bits < 8:
         limit = np.float32(scale * (2 ** (bits - 1) - 1))
         value = insert(
-            "Clip", [value, constant("min", -limit), constant("max", limit)], "clip", ir.DataType.FLOAT
+            "Clip",
+            [value, constant(f"{known_as}.min", -limit), constant(f"{known_as}.max", limit)],
+            "clip",
+            ir.DataType.FLOAT,
         )
-    step, zero = constant("scale", np.float32(scale)), constant("zero", np.int8(0))
+    step, zero = constant(f"{known_as}.scale", np.float32(scale)), constant("zero_point", np.int8(0))
     codes = insert("QuantizeLinear", [value, step, zero], "codes", ir.DataType.INT8)
     return insert("DequantizeLinear", [codes, step, zero], "dq", ir.DataType.FLOAT)

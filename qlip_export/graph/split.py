@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qlip_export.errors import QlipError
-from qlip_export.graph.ingest import SCOPE
+from qlip_export.graph.ingest import module_of
 from qlip_export.graph.layers import static_shape
 
 
@@ -72,8 +72,8 @@ def _assign(
     """Return the block of every node, and the blocks in the order in which they run."""
     found: dict[ir.Node, str | None] = {}
     for node in nodes:
-        scope = node.metadata_props.get(SCOPE)
-        found[node] = block_of(scope) if scope else None
+        module = module_of(node)
+        found[node] = block_of(module) if module else None
     order = _order(nodes, found)
     rank = {name: i for i, name in enumerate(order)}
     if not rank:
@@ -167,7 +167,6 @@ def _extract(
             list(node.attributes.values()),
             num_outputs=len(node.outputs),
             name=node.name,
-            metadata_props=dict(node.metadata_props),
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
             new.name, new.shape, new.type = names.get(old, old.name), old.shape, old.type

@@ -119,47 +119,58 @@ def bind_weights(
     """Replace every parameter input of ``model`` by a reference into the weight file, in place.
 
     Quantized weights become a DequantizeLinear over their codes, in the type the graph wants (FP32 or FP16).
-    Parameters that are stored only in FP16 or BF16 are widened by a Cast where the graph wants FP32. Codes
-    and DequantizeLinear bear the parameter's name; scales and what comes out have short ones, because names
-    are a good part of a graph, and a policy by layer takes a hundred graphs.
+    Parameters that are stored only in FP16 or BF16 are widened by a Cast where the graph wants FP32. That
+    node bears the parameter's name; what it reads and what comes out have short ones, because names are a
+    good part of a graph, and a policy by layer takes a hundred graphs.
     """
     graph = model.graph
-    made: dict[str, ir.Value] = {}
 
-    def stored(name: str, known_as: str | None = None) -> ir.Value:
-        if name not in made:
-            tensor = index.tensors[name].external(known_as or name, location, folder)
-            made[name] = ir.Value(
-                name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            graph.register_initializer(made[name])
-        return made[name]
+    def stored(name: str, known_as: str) -> ir.Value:
+        tensor = index.tensors[name].external(known_as, location, folder)
+        value = ir.Value(
+            name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.register_initializer(value)
+        return value
 
     for number, parameter in enumerate([v for v in graph.inputs if v.name not in runtime_inputs]):
         graph.inputs.remove(parameter)
         name, half = str(parameter.name), parameter.dtype == ir.DataType.FLOAT16
         target = _weight_operand(parameter)
         if name in index.layer_axis:
+            codes = stored(f"{name}.codes", f"weight.{number}.codes")
             scale = stored(f"{name}.scale.half" if half else f"{name}.scale", f"weight.{number}.scale")
             node = ir.node(
                 "DequantizeLinear",
-                [stored(f"{name}.codes"), scale],
+                [codes, scale],
                 {"axis": index.layer_axis[name]},
-                name=f"{name}.dq",
+                name=f"{_as_node(name)}.dq",
             )
             _insert(graph, node, target, f"weight.{number}")
         elif half or name in index.tensors:
-            value = stored(f"{name}.half" if half else name)
+            own = f"{name}.half" if half else name
+            value = stored(own, own)
             if static_shape(value) != static_shape(target):
                 raise ValueError(f"{name}: stored as {value.shape}, used as {target.shape}")
             target.replace_all_uses_with(value)
         else:
             narrow = f"{name}.half" if f"{name}.half" in index.tensors else f"{name}.bfloat"
-            node = ir.node("Cast", [stored(narrow)], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.float")
+            node = ir.node(
+                "Cast",
+                [stored(narrow, f"weight.{number}.narrow")],
+                {"to": int(ir.DataType.FLOAT)},
+                name=f"{_as_node(name)}.float",
+            )
             _insert(graph, node, target, f"weight.{number}")
         transpose = target.producer()
         if transpose is not None:
             graph.remove(transpose, safe=True)
+
+
+def _as_node(parameter: str) -> str:
+    """Return a parameter's name as that of a node: its module, and what it is there."""
+    module, _, own = parameter.rpartition(".")
+    return f"{module}/{own}"
 
 
 def _weight_operand(parameter: ir.Value) -> ir.Value:

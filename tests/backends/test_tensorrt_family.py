@@ -18,6 +18,7 @@ from qlip_export.bundle import Bundle, EngineFacts, TargetEntry
 from qlip_export.compile import compile_bundle
 from qlip_export.errors import QlipError
 from qlip_export.graph.precisions import asked_precisions
+from qlip_export.graph.store import load
 from qlip_export.progress import Plain, Silent
 from qlip_export.spec import Asked, Container
 from tests import tamper
@@ -157,8 +158,7 @@ def test_disk_that_fills_up_leaves_the_bundle(
 
 def odd_graph(folder: Path, operator: str, domain: str = "") -> Path:
     x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.node(operator, [x], domain=domain, name="node_odd")
-    node.metadata_props["qlip.scope"] = "mid_block.resnets.0.odd"
+    node = ir.node(operator, [x], domain=domain, name="mid_block.resnets.0.odd/Odd")
     node.outputs[0].name = "y"
     node.outputs[0].shape, node.outputs[0].type = x.shape, x.type
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21, "nowhere": 1}, name="odd")
@@ -173,7 +173,7 @@ def test_unsupported_operator_names_node_layer_and_block(tmp_path: Path, rtx: An
         get_backend(backend).compile(onnx, tmp_path / "odd.plan", Container.FLOAT)
     problem = caught.value.problem
     assert "mid_block.a32.onnx" in problem
-    assert "node 'node_odd' (NoSuchOperator) of layer 'mid_block.resnets.0.odd'" in problem
+    assert "node 'mid_block.resnets.0.odd/Odd' (NoSuchOperator) of layer 'mid_block.resnets.0.odd'" in problem
 
 
 def test_packed_int4_weights_that_a_library_refuses_are_widened_and_it_is_said(
@@ -305,7 +305,7 @@ def test_engine_of_another_version_or_gpu_names_both_sides(
 def test_what_a_graph_asks_of_its_layers(bundle: Path) -> None:
     layers = {layer.name: layer for layer in Bundle.open(bundle).manifest.blocks[3].layers}
     for bits, precision in ((8, "int8"), (16, "float16"), (32, "float32")):
-        asked = asked_precisions(ir.load(bundle / f"onnx/down_blocks.1.a{bits}.onnx"))
+        asked = asked_precisions(load(bundle / f"onnx/down_blocks.1.a{bits}.onnx"))
         assert {found.layer for found in asked.values()} == set(layers)
         for found in asked.values():
             quantized = layers[found.layer].quantized or bits > 8

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from qlip_export.bundle import Bundle
+from qlip_export.graph.store import load
 from tests.tiny import BLOCKS
 
 INT8_BLOCKS = [name for name in BLOCKS if name != "time"]
@@ -76,12 +77,12 @@ def loose_pairs(model: ir.Model) -> list[str]:
 
 @pytest.fixture
 def attention(bundle: Path) -> ir.Model:
-    return ir.load(bundle / "onnx/down_blocks.1.a8.onnx")
+    return load(bundle / "onnx/down_blocks.1.a8.onnx")
 
 
 @pytest.mark.parametrize("block", INT8_BLOCKS)
 def test_attention_stays_whole(bundle: Path, block: str) -> None:
-    model = ir.load(bundle / f"onnx/{block}.a8.onnx")
+    model = load(bundle / f"onnx/{block}.a8.onnx")
     assert broken_attention(model) == []
     (entry,) = [b for b in Bundle.open(bundle).manifest.blocks if b.name == block]
     attentions = sum(layer.name.endswith(".to_q") for layer in entry.layers)
@@ -90,12 +91,12 @@ def test_attention_stays_whole(bundle: Path, block: str) -> None:
 
 @pytest.mark.parametrize("block", INT8_BLOCKS)
 def test_everything_around_pairs_is_fp16(bundle: Path, block: str) -> None:
-    assert other_types(ir.load(bundle / f"onnx/{block}.a8.onnx")) == []
+    assert other_types(load(bundle / f"onnx/{block}.a8.onnx")) == []
 
 
 @pytest.mark.parametrize("block", INT8_BLOCKS)
 def test_pairs_meet_their_layers(bundle: Path, block: str) -> None:
-    model = ir.load(bundle / f"onnx/{block}.a8.onnx")
+    model = load(bundle / f"onnx/{block}.a8.onnx")
     assert loose_pairs(model) == []
     (entry,) = [b for b in Bundle.open(bundle).manifest.blocks if b.name == block]
     behind_pairs = {

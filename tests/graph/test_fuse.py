@@ -12,6 +12,7 @@ import pytest
 
 from qlip_export.bundle import Bundle
 from qlip_export.graph.fuse import fuse_attention, split_group_norm
+from qlip_export.graph.store import load
 
 
 def outputs(model: ir.Model) -> list[np.ndarray]:
@@ -30,7 +31,7 @@ def outputs(model: ir.Model) -> list[np.ndarray]:
 @pytest.fixture
 def block(bundle: Path) -> ir.Model:
     """The FP32 graph of a block that holds ResNets and transformers."""
-    model = ir.load(Bundle.open(bundle).file("onnx/up_blocks.1.a32.onnx"))
+    model = load(Bundle.open(bundle).file("onnx/up_blocks.1.a32.onnx"))
     ir.external_data.load_to_model(model)
     return model
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from qlip_export.families.unet import UNET
-from qlip_export.graph.ingest import SCOPE, ingest, parameters_of
+from qlip_export.graph.ingest import ingest, module_of, parameters_of
 from tests.graph.conftest import Arrays, graph, relative, run
 
 
@@ -58,13 +58,16 @@ def test_graph_holds_no_weights(captured: ir.Model) -> None:
 
 def test_every_scope_is_a_module(captured: ir.Model, denoiser: Any) -> None:
     modules = {name for name, _ in denoiser.named_modules()}
-    scopes = {node.metadata_props.get(SCOPE) for node in captured.graph} - {None}
+    scopes = {module_of(node) for node in captured.graph}
     assert scopes <= modules
     assert {"conv_in", "down_blocks.1.resnets.0.conv_shortcut", "time_embedding.linear_1"} <= scopes
 
 
-def test_nothing_else_is_left_on_the_nodes(captured: ir.Model) -> None:
-    assert {key for node in captured.graph for key in node.metadata_props} == {SCOPE}
+def test_names_say_which_node_it_is_and_nothing_else_is_left(captured: ir.Model) -> None:
+    names = [str(node.name) for node in captured.graph]
+    assert len(set(names)) == len(names)
+    assert all(name.count("/") == 1 for name in names)
+    assert not any(node.metadata_props for node in captured.graph)
     assert all(not node.doc_string for node in captured.graph)
     assert not captured.functions
     assert not captured.metadata_props
@@ -129,4 +132,5 @@ def test_scope_is_the_innermost_module(scopes: str, module: str) -> None:
     (node,) = model.graph
     node.metadata_props.update({"pkg.torch.onnx.name_scopes": scopes, "pkg.torch.onnx.stack_trace": "..."})
     (node,) = ingest(model, parameters=set(), prefix="module.").graph
-    assert dict(node.metadata_props) == {SCOPE: module}
+    assert node.name == f"{module}/Relu"
+    assert module_of(node) == module

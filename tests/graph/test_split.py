@@ -8,7 +8,6 @@ import pytest
 
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
-from qlip_export.graph.ingest import SCOPE
 from qlip_export.graph.layers import find_layers
 from qlip_export.graph.split import Block, split
 from qlip_export.spec import Granularity
@@ -81,8 +80,7 @@ def test_cutting_leaves_the_graph_alone(captured: ir.Model) -> None:
 def scoped(text: str, scopes: list[str | None]) -> ir.Model:
     model = graph(text)
     for node, scope in zip(model.graph, scopes, strict=True):
-        if scope is not None:
-            node.metadata_props[SCOPE] = scope
+        node.name = f"{scope or ''}/{node.op_type}"
     return model
 
 

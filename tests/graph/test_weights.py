@@ -123,17 +123,19 @@ def test_onnx_reads_int4_as_it_was_packed(bundle: Path, parameters: Arrays) -> N
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     index = WeightIndex.model_validate(Bundle.open(bundle).manifest.files[DENOISER_WEIGHTS].facts)
-    codes = [name for name in arrays if name.endswith(".codes")]
-    assert len(codes) > 20
-    scales = {n.input[0]: n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear"}
-    for name in codes:
-        weight = name.removesuffix(".codes")
+    widened = {
+        n.name.removesuffix(".dq").replace("/", "."): n.input
+        for n in model.graph.node
+        if n.name.endswith("/weight.dq")
+    }
+    assert len(widened) > 20
+    for weight, (name, scale, *_) in widened.items():
         assert kinds[name] == onnx.TensorProto.INT4
         expected = round_to_nearest(weight, parameters[weight], 4, 0)
         found = arrays[name].astype(np.int8)
         # Most linear layers are stored as the graph multiplies by them: transposed.
         np.testing.assert_array_equal(found.T if index.layer_axis[weight] == 1 else found, expected.codes)
-        np.testing.assert_array_equal(arrays[scales[name]].astype(np.float32), expected.scale)
+        np.testing.assert_array_equal(arrays[scale].astype(np.float32), expected.scale)
 
 
 def test_stored_weights_are_those_the_reference_uses(bundle: Path, parameters: Arrays) -> None:
