@@ -104,10 +104,12 @@ class Backend(ABC):
         name: In ``BACKENDS``.
         reserve: Bytes that a memory budget sets aside for what library and allocator keep while engines come
             and go.
+        budgets: Whether its engines take memory of this process, which a memory budget can bound.
     """
 
     name: str
     reserve: int = 0
+    budgets: bool = True
 
     @abstractmethod
     def __init__(self, *, threads: int | None) -> None:

@@ -34,6 +34,7 @@ class OnnxRuntimeCudaBackend(Backend):
     """
 
     name = "onnxruntime-cuda"
+    budgets = False
 
     def __init__(self, *, threads: int | None, graphs: Graphs = "pattern") -> None:
         """Nothing touches the GPU yet.

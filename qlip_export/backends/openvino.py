@@ -82,13 +82,15 @@ class OpenVINOBackend(Backend):
         precision = "float32" if container is Container.FLOAT or widened else self.capabilities.half
         properties: dict[str, str | int] = {
             "INFERENCE_PRECISION_HINT": _TYPES[precision].get_type_name(),
-            "PERFORMANCE_HINT": "LATENCY",
             # Otherwise Linear layers with integer weights quantize their activations as they run, unasked.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
+        if self._threads == 1:
+            # Without streams an engine runs in the thread that calls it; with one it has two of its own.
+            return properties | {"NUM_STREAMS": 0, "INFERENCE_NUM_THREADS": 1}
         if self._threads is not None:
             properties["INFERENCE_NUM_THREADS"] = self._threads
-        return properties
+        return properties | {"PERFORMANCE_HINT": "LATENCY"}
 
     def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
         """See `Backend.compile`."""

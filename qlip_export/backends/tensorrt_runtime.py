@@ -121,6 +121,7 @@ class TensorRtRuntime(Backend):
     """The half of a backend that runs engines; what compiles them extends it."""
 
     title: ClassVar[str]
+    budgets = False
     graphs = True
     """Whether a bit pattern becomes one CUDA graph, once a replay gave what its engines give."""
 

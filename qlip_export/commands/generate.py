@@ -62,7 +62,7 @@ def generate(
     memory_budget: Annotated[
         str | None,
         typer.Option(
-            help="Most memory that engines may take, e.g. 600MB; they come and go as the run needs.",
+            help="Most memory that engines on a CPU may take, e.g. 600MB; they come and go as needed.",
             show_default="all engines of a run stay loaded",
         ),
     ] = None,

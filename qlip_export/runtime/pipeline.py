@@ -184,8 +184,8 @@ class TextToImage:
 
         Raises:
             QlipError: No prompt, latents of another shape, bits that are not in the bundle, a memory budget
-                that is too small or that comes with previews, or a negative prompt or a guidance scale that
-                the model has no use for.
+                that is too small, that comes with previews or that is meant for a GPU, or a negative prompt
+                or a guidance scale that the model has no use for.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -207,6 +207,12 @@ class TextToImage:
         if bits is not None or self._policy is None:
             self.bundle.bits(bits)  # refused before anything is loaded
         budget = None if memory_budget is None else parse_budget(memory_budget)
+        if budget is not None and not self.backend.budgets:
+            raise QlipError(
+                "a memory budget is for memory of the process",
+                found=f"engines of {self.backend.name}, which take the GPU's",
+                fix="leave the budget out, or choose --backend openvino",
+            )
         if budget is not None and previews is not None:
             raise QlipError("previews would load the VAE decoder between steps", fix="drop the memory budget")
         result = Generation([], [])

@@ -170,6 +170,14 @@ def test_prompt_becomes_an_image(compiled: Path, target: Target) -> None:
     assert 10 * np.log10(255**2 / max((difference**2).mean(), 1e-10)) > 40
 
 
+def test_memory_budgets_are_refused_because_they_bound_the_process(compiled: Path, target: Target) -> None:
+    pipeline = TextToImage(Bundle.open(compiled), target)
+    with pytest.raises(QlipError, match="a memory budget is for memory of the process") as caught:
+        pipeline("a dog", seed=1, bits=32, memory_budget="4GB")
+    assert caught.value.found == f"engines of {target.backend.name}, which take the GPU's"
+    assert list(pipeline.chain._engines) == []
+
+
 def test_validation_passes_and_prints_commands_for_the_engines(
     compiled: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
