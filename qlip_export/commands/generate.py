@@ -14,6 +14,8 @@ from qlip_export.commands.options import (
     GuidanceOption,
     JsonOption,
     TargetOption,
+    ThisHeightOption,
+    ThisWidthOption,
     ThreadsOption,
 )
 from qlip_export.errors import QlipError
@@ -50,10 +52,8 @@ def generate(
             show_default="image.png or images/",
         ),
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Height of images, where the bundle has several sizes.")
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Width of images, the same.")] = None,
+    height: ThisHeightOption = None,
+    width: ThisWidthOption = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images per batch, the same.", show_default="what wastes least")
     ] = None,
