@@ -13,14 +13,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from qlip_export.errors import QlipError
 from qlip_export.files import explained_os_errors
+from qlip_export.spec import Frozen
 
 Arrays = Mapping[str, NDArray[Any]]
 
 REFERENCE = "reference"
 """Name of the runner in saved outputs; the line that the next runner is compared with."""
+
+
+class OutputRow(Frozen):
+    """One output of an engine against the reference; the worst of the compared steps counts in each field."""
+
+    name: str
+    max: float = Field(description="largest absolute error")
+    mean: float = Field(description="mean absolute error")
+    median: float = Field(description="median absolute error")
+    error: float = Field(description="relative L2 error")
+    cosine: float
 
 
 def save_case(

@@ -21,7 +21,7 @@ from pydantic import Field
 from qlip_export.bundle import BlockEntry, Bundle, EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
-from qlip_export.parity import for_engine, save_case
+from qlip_export.parity import OutputRow, for_engine, save_case
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Pattern
@@ -68,7 +68,8 @@ class BlockRow(Frozen):
     variant: str
     reference: str
     error: float = Field(description="relative L2 error of the worst output")
-    cosine: float
+    cosine: float = Field(description="of the worst output")
+    outputs: tuple[OutputRow, ...] = Field(description="each by itself; none if not finite")
     tolerance: float
     from_float32: float = Field(description="relative L2 distance from the FP32 graph: the price of the bits")
     finite: bool
@@ -138,11 +139,13 @@ def validate(
         backend: Whose engines to compare; ``auto`` takes the first that can run here.
 
     Raises:
-        QlipError: The bundle is damaged, no engines of it run here, or ONNX Runtime is not installed, or
-            polygraphy to ``save``.
+        QlipError: The bundle is damaged, no engines of it run here, or ONNX Runtime or polygraphy is not
+            installed.
     """
-    if find_spec("onnxruntime") is None:
-        raise QlipError("validation needs ONNX Runtime", fix='pip install "qlip-export[validate]"')
+    if find_spec("onnxruntime") is None or find_spec("polygraphy") is None:
+        raise QlipError(
+            "validation needs ONNX Runtime and polygraphy", fix='pip install "qlip-export[validate]"'
+        )
     bundle = Bundle.open(path)
     choose_target(bundle, backend)  # refused before gigabytes are hashed
     progress.stage("check", len(bundle.manifest.files))
@@ -231,18 +234,20 @@ def _record(
 def _compare_blocks(
     pipeline: TextToImage, recorded: list[Arrays], progress: Progress, save: Path | None
 ) -> tuple[list[BlockRow], list[str]]:
+    from qlip_export.runners import Graph
+
     bundle = pipeline.bundle
     rows, commands = [], []
     values = [dict(arrays) for arrays in recorded]
     for block in bundle.manifest.blocks:
-        float32 = _Graph(bundle, block.reference)
+        float32 = Graph(bundle.file(block.reference))
         inputs = [{name: v[name] for name in block.inputs} for v in values]
-        exact = [float32(arrays) for arrays in inputs]
+        exact = float32(inputs)
         for name, variant in block.variants.items():
             progress.item(f"{block.name} {name}")
             int8 = variant.container is Container.INT8
-            graph = _Graph(bundle, variant.onnx) if int8 or save else float32
-            expected = [graph(arrays) for arrays in inputs] if int8 else exact
+            graph = Graph(bundle.file(variant.onnx)) if int8 or save else float32
+            expected = graph(inputs) if int8 else exact
             entry = bundle.engine(pipeline.target.entry, variant.onnx)
             rows.append(_judge(pipeline, block, name, entry, inputs, expected, exact))
             if save is not None:
@@ -273,85 +278,47 @@ def _judge(
     expected: list[Arrays],
     exact: list[Arrays],
 ) -> BlockRow:
-    backend, variant = pipeline.backend, block.variants[which]
-    engine = backend.load(pipeline.bundle.file(entry.path), entry)
-    buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
-    for name, buffer in buffers.items():
-        engine.bind(name, buffer)
-    error = distance = 0.0
-    cosine, finite = 1.0, True
-    for arrays, wanted, float32 in zip(inputs, expected, exact, strict=True):
-        for port in entry.inputs:
-            backend.write(buffers[port.name], arrays[port.name])
-        engine.run()
-        for port in entry.outputs:
-            got = backend.read(buffers[port.name])
-            if not np.isfinite(got).all():
-                error, cosine, finite = np.inf, 0.0, False
-                continue
-            error = max(error, _relative(got, wanted[port.name]))
-            distance = max(distance, _relative(got, float32[port.name]))
-            cosine = min(cosine, _cosine(got, wanted[port.name]))
+    from qlip_export.runners import EngineRunner, compare, relative
+
+    variant = block.variants[which]
     half = pipeline.backend.capabilities.half
     working = "float32" if variant.container is Container.FLOAT else half
     # A CPU without fast 16-bit arithmetic computes these containers in FP32, on values stored in FP16.
     tolerance = TOLERANCES.get((variant.container, working), TOLERANCES[Container.INT8, "float16"])
+    found = EngineRunner(pipeline.backend, pipeline.bundle.file(entry.path), entry)(inputs)
+    outputs = compare(found, expected, tolerance)
+    moved = [relative(a[name], b[name]) for a, b in zip(found, exact, strict=True) for name in a]
+    error = np.inf if outputs is None else max(output.error for output in outputs)
     wrong = entry.facts.wrong if entry.facts is not None else {}
-    reference = "the quantized graph" if variant.container is Container.INT8 else "the FP32 graph"
     return BlockRow(
         block=block.name,
         bits=variant.bits,
         variant=which,
-        reference=reference,
+        reference="the quantized graph" if variant.container is Container.INT8 else "the FP32 graph",
         error=error,
-        cosine=cosine,
+        cosine=0.0 if outputs is None else min(output.cosine for output in outputs),
+        outputs=tuple(outputs or ()),
         tolerance=tolerance,
-        from_float32=distance,
-        finite=finite,
+        from_float32=np.inf if outputs is None else max(moved),
+        finite=outputs is not None,
         wrong=wrong,
-        passed=finite and error <= tolerance and not wrong,
+        passed=error <= tolerance and not wrong,
     )
-
-
-class _Graph:
-    """An ONNX file of the bundle in ONNX Runtime, as written: no fusion may change what is computed."""
-
-    def __init__(self, bundle: Bundle, onnx: str) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._session = ort.InferenceSession(bundle.file(onnx), options, providers=["CPUExecutionProvider"])
-        kinds = {"tensor(float16)": np.float16, "tensor(int64)": np.int64}
-        self._inputs = {i.name: kinds.get(i.type, np.float32) for i in self._session.get_inputs()}
-        self._outputs = {o.name: kinds.get(o.type, np.float32) for o in self._session.get_outputs()}
-
-    def feeds(self, arrays: Arrays) -> Arrays:
-        """Return the graph's inputs among ``arrays``, in its dtypes."""
-        return {name: arrays[name].astype(dtype) for name, dtype in self._inputs.items()}
-
-    def as_outputs(self, arrays: Arrays) -> Arrays:
-        """Return the graph's outputs among ``arrays``, in its dtypes."""
-        return {name: arrays[name].astype(dtype) for name, dtype in self._outputs.items()}
-
-    def __call__(self, arrays: Arrays) -> Arrays:
-        """Run the graph; what comes out is float32."""
-        outputs = self._session.run(list(self._outputs), self.feeds(arrays))
-        return {name: out.astype(np.float32) for name, out in zip(self._outputs, outputs, strict=True)}
 
 
 def _compare_policy(pipeline: TextToImage, prompt: str, seed: int) -> PolicyRow | None:
     bundle, policy = pipeline.bundle, pipeline.bundle.manifest.policy
     if policy is None:
         return None
+    from qlip_export.runners import Graph
+
     size = bundle.manifest.shapes.batch_size
     encoder = bundle.manifest.text_encoder(bundle.manifest.quality_encoder)
     ids = PromptTokenizer(bundle, encoder.tokenizer)([prompt] * bundle.manifest.guidance.rows * size).ids
     encoded: Arrays = {"input_ids": ids}
     for part in encoder.graphs:
-        encoded |= _Graph(bundle, part)(encoded)
-    graph = _Graph(bundle, policy.onnx)({"pooled": encoded["pooled"][:size]})
+        encoded |= Graph(bundle.file(part))([encoded])[0]
+    (graph,) = Graph(bundle.file(policy.onnx))([{"pooled": encoded["pooled"][:size]}])
     expected = float(graph["quality"][0])
     decided = [[choice.at(expected) for choice in row] for row in policy.table.choices]
     follows_table = bool((graph["bits"][0] == decided).all())
@@ -446,13 +413,3 @@ def _compare_policy_image(
         least=None,
         passed=found is not None,
     )
-
-
-def _relative(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    norm = float(np.linalg.norm(reference))
-    return float(np.linalg.norm(value - reference)) / (norm or 1.0)
-
-
-def _cosine(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    norms = float(np.linalg.norm(value)) * float(np.linalg.norm(reference))
-    return float((value * reference).sum()) / norms if norms else float(np.array_equal(value, reference))

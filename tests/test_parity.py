@@ -12,8 +12,8 @@ import pytest
 
 from qlip_export.bundle import Bundle
 from qlip_export.parity import save_case
+from qlip_export.runners import Graph, compare
 from qlip_export.spec import Container, variant_name
-from qlip_export.validate import _Graph
 from tests import tamper
 from tests.conftest import Cli
 
@@ -33,10 +33,10 @@ def test_polygraphy_judges_a_saved_case(bundle: Path, tmp_path: Path, off: float
     block = next(b for b in opened.manifest.blocks if b.name == "down_blocks.0")
     onnx = block.variants["a16"].onnx
     rng = np.random.default_rng(0)
-    graph = _Graph(opened, onnx)
+    graph = Graph(opened.file(onnx))
     shapes = {port.name: port.shape for port in tamper.engine_entry(bundle, block.name, 16).inputs}
     feeds = graph.feeds({name: rng.standard_normal(shape) for name, shape in shapes.items()})
-    outputs = graph.as_outputs({name: out * (1 + off) for name, out in graph(feeds).items()})
+    outputs = graph.as_outputs({name: out * (1 + off) for name, out in graph([feeds])[0].items()})
     command = save_case(tmp_path / "cases", "block", opened.file(onnx), [feeds], [outputs], 1e-2)
     done = polygraphy(command)
     assert (done.returncode == 0) == (off == 0), done.stdout + done.stderr
@@ -62,3 +62,13 @@ def test_save_to_a_file_is_refused(cli: Cli, bundle: Path, tmp_path: Path) -> No
     done = cli("validate", bundle, "--save", tmp_path / "taken")
     assert done.code == 2
     assert "cannot write" in done.err
+
+
+def test_what_polygraphy_finds_between_runners() -> None:
+    expected = [{"y": np.array([3.0, 4.0], np.float32)}, {"y": np.array([0.0, 10.0], np.float32)}]
+    found = [{"y": np.array([3.0, 4.0], np.float32)}, {"y": np.array([0.0, 11.0], np.float32)}]
+    (row,) = compare(found, expected, 1e-2) or []
+    assert (row.name, row.max, row.mean, row.median, row.cosine) == ("y", 1.0, 0.5, 0.5, 1.0)
+    assert row.error == pytest.approx(0.1)
+    found[0]["y"][0] = np.nan
+    assert compare(found, expected, 1e-2) is None
