@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qlip_export.backends.heap import return_free_memory
-from qlip_export.backends.memory import resident_bytes, tells_memory
+from qlip_export.backends.memory import tells_memory
 from qlip_export.bundle import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.budget import parse_budget
-from tests import tamper
+from tests import long_use, tamper
 from tests.conftest import STEPS, Cli, Shared, build_tiny
-
-PROMPTS = ["a red apple", "the blue boat", "a dog"]
-AMPLE = 10**9
+from tests.long_use import AMPLE, PROMPTS
 
 needs_linux = pytest.mark.skipif(not tells_memory(), reason="resident memory is read from /proc")
 
@@ -246,72 +242,25 @@ SPLIT = 1000
 """Mappings that come and go with the drops of a pipeline. Left alone, a generation of it adds 160."""
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What a process takes at rest: resident bytes, and mappings, of which Linux allows it 65,530."""
-
-    resident: int
-    mappings: int
-
-    def __str__(self) -> str:
-        return f"{self.resident / 1e6:.1f} MB in {self.mappings} mappings"
-
-
-def generate_often(bundle: Path, count: int, settled: int, threads: int) -> tuple[Footprint, Footprint]:
-    """Generate with changing prompts and budgets; return what is taken when settled and at the end."""
-    pipelines = [TextToImage.load(bundle, threads=1) for _ in range(threads)]
-    smallest = max(least(pipelines[0], prompt, bits=bits) for prompt in PROMPTS for bits in (None, 8, 32))
-    budgets = [None, AMPLE, smallest, smallest + 2_000_000]
-    found: dict[int, Footprint] = {}
-    errors: list[BaseException] = []
-    barrier = threading.Barrier(threads)
-
-    def work(pipeline: TextToImage) -> None:
-        try:
-            for i in range(count // threads):
-                prompt, budget = PROMPTS[i % len(PROMPTS)], budgets[(i // 2) % len(budgets)]
-                pipeline(prompt, seed=i, memory_budget=budget, bits=(None, None, 8, 32)[i % 4])
-                if i + 1 in (settled // threads, count // threads):
-                    # All at rest, with the engines of the same prompt: the first run drops those of others.
-                    for each in (smallest, AMPLE):
-                        pipeline(PROMPTS[0], seed=0, memory_budget=each)
-                    if barrier.wait() == 0:
-                        return_free_memory()
-                        mappings = len(Path("/proc/self/maps").read_text().splitlines())
-                        found[i + 1] = Footprint(resident_bytes(), mappings)
-                    barrier.wait()
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    workers = [threading.Thread(target=work, args=(p,)) for p in pipelines]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if errors:
-        raise errors[0]
-    before, after = found.values()
-    return before, after
-
-
 @needs_linux
-@pytest.mark.parametrize("threads", [1, 2])
-def test_nothing_leaks_in_a_while(small_bundle: Path, threads: int) -> None:
-    before, after = generate_often(small_bundle, 48, 16, threads)
+@pytest.mark.parametrize("users", [1, 2])
+def test_nothing_leaks_in_a_while(small_bundle: Path, users: int) -> None:
+    before, *_, after = long_use.apart(small_bundle, 48, 16, users)
     assert after.resident <= 1.03 * before.resident, f"{before}, then {after}"
-    assert after.mappings <= before.mappings + SPLIT * threads, f"{before}, then {after}"
+    assert after.mappings <= before.mappings + SPLIT * users, f"{before}, then {after}"
 
 
 @needs_linux
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_nothing_leaks_in_500_generations(small_bundle: Path, threads: int) -> None:
-    before, after = generate_often(small_bundle, 500, 50, threads)
-    print(f"{threads} threads: {before} after 50 generations, {after} after 500")
+@pytest.mark.parametrize("users", [1, 2])
+def test_nothing_leaks_in_500_generations(small_bundle: Path, users: int) -> None:
+    found = long_use.apart(small_bundle, 500, 50, users)
+    for number, footprint in enumerate(found, start=1):
+        print(f"{users} threads: {footprint} after {50 * number} generations")
+    before, *_, after = found
     assert abs(after.resident - before.resident) <= 0.03 * before.resident
-    assert after.mappings <= before.mappings + SPLIT * threads
+    assert after.mappings <= before.mappings + SPLIT * users
 
 
 def test_two_threads_share_one_pipeline(pipeline: TextToImage) -> None:
