@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_va
 
 from qlip_export.conditioning import Encoded, Guidance, Recipe
 from qlip_export.errors import QlipError
+from qlip_export.extents import AXES, Axis, Extent, Extents, Profile
 from qlip_export.files import sha256_of
 from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import (
@@ -54,11 +55,20 @@ class FileEntry(Frozen):
 
 
 class TensorEntry(Frozen):
-    """Name, static shape and dtype of one engine input or output."""
+    """Name, shape and dtype of one engine input or output."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = Field(description="in the bundle's own size, where it varies")
     dtype: DType
+    extents: tuple[str, ...] | None = Field(
+        default=None, description="how it follows from images per batch, height and width; none: static"
+    )
+
+    def at(self, sizes: Mapping[Axis, int]) -> TensorEntry:
+        """Return it as it is in a batch of this size."""
+        if self.extents is None:
+            return self
+        return self.model_copy(update={"shape": tuple(Extent.parse(e).at(sizes) for e in self.extents)})
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +144,27 @@ class TargetEntry(Frozen):
     options: dict[str, JsonValue] = Field(description="what the compiler was told beyond its defaults")
     engines: dict[BundlePath, EngineEntry] = Field(description="by the ONNX file they were compiled from")
     timing: TimingEntry | None = Field(default=None, description="none: not timed")
+    profile: Profile = Field(
+        default_factory=dict,
+        description="axes in which its engines, of the first size's graphs, run any size of a range",
+    )
+
+    def holds(self, sizes: Mapping[Axis, int], own: Mapping[Axis, int]) -> bool:
+        """Return whether engines with a profile, made from graphs of size ``own``, run ``sizes``."""
+        return all(
+            sizes[axis] in self.profile[axis] if axis in self.profile else sizes[axis] == own[axis]
+            for axis in AXES
+        )
+
+    def resized(self, sizes: Mapping[Axis, int], names: Mapping[str, str]) -> TargetEntry:
+        """Return engines with a profile as those of one size, whose ONNX files are called by ``names``."""
+
+        def fit(entry: EngineEntry) -> EngineEntry:
+            ports = {side: tuple(t.at(sizes) for t in getattr(entry, side)) for side in ("inputs", "outputs")}
+            return entry.model_copy(update=ports)
+
+        engines = {names[onnx]: fit(entry) for onnx, entry in self.engines.items() if onnx in names}
+        return self.model_copy(update={"engines": engines})
 
     def at(self, label: str) -> TargetEntry:
         """Return the target as that of a bundle of one of its further sizes."""
@@ -278,6 +309,11 @@ class ShapesEntry(Frozen):
         """What the command line calls them: ``768x512``, or ``768x512:4`` for batches of four."""
         return f"{self.image[1]}x{self.image[0]}" + (f":{self.batch_size}" if self.batch_size > 1 else "")
 
+    @property
+    def sizes(self) -> dict[Axis, int]:
+        """Images per batch, and their height and width."""
+        return {"batch": self.batch_size, "height": self.image[0], "width": self.image[1]}
+
 
 class SizeEntry(Frozen):
     """What differs in a further size of images or batches; fields are those of the manifest.
@@ -362,13 +398,14 @@ class Manifest(Frozen):
     @property
     def containers(self) -> dict[str, Container]:
         """The ONNX files that a target compiles, and the container of each."""
-        found: dict[str, Container] = {}
-        for size in self.sizes:
-            variants = [v for block in size.blocks for v in block.variants.values()]
-            parts = [*size.text_encoders, size.vae_decoder, *([size.policy] if size.policy else [])]
-            found |= {v.onnx: v.container for v in variants}
-            found |= {graph: Container.FLOAT for part in parts for graph in part.graphs}
-        return found
+        return {onnx: container for size in self.sizes for onnx, container in size._graphs()}
+
+    def _graphs(self) -> Iterator[tuple[str, Container]]:
+        """Yield the ONNX files of this size, in the same order in every size."""
+        for block in self.blocks:
+            yield from ((v.onnx, v.container) for v in block.variants.values())
+        for part in (*self.text_encoders, self.vae_decoder, *([self.policy] if self.policy else [])):
+            yield from ((graph, Container.FLOAT) for graph in part.graphs)
 
     @property
     def sizes(self) -> tuple[Manifest, ...]:
@@ -380,8 +417,50 @@ class Manifest(Frozen):
         update = {name: getattr(entry, name) for name in SizeEntry.model_fields}
         if self.policy is not None and entry.policy is not None:
             update["policy"] = self.policy.model_copy(update={"onnx": entry.policy})
-        update["targets"] = {name: target.at(entry.shapes.label) for name, target in self.targets.items()}
-        return self.model_copy(update=update)
+        size = self.model_copy(update=update)
+        targets = {
+            n: target.at(entry.shapes.label) for n, target in self.targets.items() if not target.profile
+        }
+        return size.model_copy(update={"targets": targets | self._ranging(size)})
+
+    def _ranging(self, size: Manifest) -> dict[str, TargetEntry]:
+        """Return the targets with a profile that hold ``size``, as its own."""
+        names = {mine: its for (mine, _), (its, _) in zip(self._graphs(), size._graphs(), strict=True)}
+        return {
+            name: target.resized(size.shapes.sizes, names)
+            for name, target in self.targets.items()
+            if target.profile and target.holds(size.shapes.sizes, self.shapes.sizes)
+        }
+
+    def input_extents(self, axes: Collection[Axis]) -> dict[str, Extents]:
+        """Return the shapes of the denoiser's inputs, and of the VAE's ``image``, where ``axes`` vary."""
+        own = self.shapes.sizes
+        batch, height, width = (Extent.of(axis if axis in axes else own[axis]) for axis in AXES)
+        found = {}
+        for tensor in self.inputs:
+            shape = [Extent.of(n) for n in tensor.shape]
+            if len(shape) > 1:  # those of rank 1 are one for all images
+                shape[0] = batch * Extent.of(self.guidance.rows)
+            if tensor.name == "latents":
+                shape[2] = height / (own["height"] // self.shapes.latents[2])
+                shape[3] = width / (own["width"] // self.shapes.latents[3])
+            found[tensor.name] = tuple(shape)
+        return found | {"image": (batch, Extent.of(3), height, width)}
+
+    def resized(self, sizes: Mapping[Axis, int]) -> Manifest:
+        """Return the manifest of a size that only targets with a profile have: the first one, resized."""
+        shapes = {name: tuple(e.at(sizes) for e in s) for name, s in self.input_extents(AXES).items()}
+        image = (sizes["height"], sizes["width"])
+        _, channels, rows, columns = shapes["latents"]
+        latents = (sizes["batch"], channels, rows, columns)
+        size = self.model_copy(
+            update={
+                "shapes": ShapesEntry(batch_size=sizes["batch"], latents=latents, image=image),
+                "inputs": tuple(t.model_copy(update={"shape": shapes[t.name]}) for t in self.inputs),
+                "other_sizes": (),
+            }
+        )
+        return size.model_copy(update={"targets": self._ranging(size)})
 
     @property
     def uniform(self) -> tuple[int, ...]:
@@ -463,40 +542,30 @@ class Bundle:
         width: int | None = None,
         batch_size: int | None = None,
         images: int | None = None,
+        target: str | None = None,
     ) -> Bundle:
         """Return the bundle as one of a single size: the first that has these numbers.
 
-        Where images of that size come in several batch sizes and it is known how many are wanted, the one
-        that draws them with the least padding, then in the fewest batches.
+        Sizes that a target with a profile runs come after those that the bundle was built with; numbers that
+        are not given are then the bundle's own. Where images of that size come in several batch sizes and it
+        is known how many are wanted, the one that draws them with the least padding, then in the fewest
+        batches.
 
         Args:
             height: Of images, pixels.
             width: The same.
             batch_size: Images per batch.
             images: How many are wanted; none: not known.
+            target: Look only at what this target runs.
 
         Raises:
             QlipError: The bundle has no such size.
         """
-        sizes = self.manifest.sizes
-        asked = (height, width, batch_size)
-        fitting = [
-            size
-            for size in sizes
-            if all(
-                a in (None, b)
-                for a, b in zip(asked, (*size.shapes.image, size.shapes.batch_size), strict=True)
-            )
-        ]
+        asked: dict[Axis, int | None] = {"batch": batch_size, "height": height, "width": width}
+        named = self.manifest.targets
+        fitting = self._fitting(asked, images, [*named] if target is None else [target])
         if not fitting:
-            names = ("--height", "--width", "--batch-size")
-            wanted = " ".join(f"{n} {v}" for n, v in zip(names, asked, strict=True) if v is not None)
-            raise QlipError(
-                f"{self.root} holds no engines of that size",
-                expected=", ".join(size.shapes.label for size in sizes) + " (WIDTHxHEIGHT, :batch size)",
-                found=wanted,
-                fix="build it with one more --size",
-            )
+            raise self._no_such_size(asked, [*named] if target is None else [target])
 
         def cost(size: Manifest) -> tuple[int, int]:
             batches = -(-(images or 0) // size.shapes.batch_size)
@@ -504,6 +573,78 @@ class Bundle:
 
         return Bundle(
             self.root, min((s for s in fitting if s.shapes.image == fitting[0].shapes.image), key=cost)
+        )
+
+    def serving(
+        self,
+        wanted: str,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+    ) -> Bundle:
+        """Return the bundle with those targets of backend ``wanted``, or ``auto``, that run such a size.
+
+        Raises:
+            QlipError: It has engines of ``wanted``, or none at all, but not of that size.
+        """
+        asked: dict[Axis, int | None] = {"batch": batch_size, "height": height, "width": width}
+        named = [n for n, entry in self.manifest.targets.items() if wanted in ("auto", entry.backend)]
+        serving = [name for name in named if self._fitting(asked, None, [name])]
+        if not serving and (named or not self._fitting(asked, None, [])):
+            raise self._no_such_size(asked, named)
+        targets = {name: self.manifest.targets[name] for name in serving}
+        return Bundle(
+            self.root, self.manifest.model_copy(update={"targets": targets}) if serving else self.manifest
+        )
+
+    def _fitting(
+        self, asked: Mapping[Axis, int | None], images: int | None, targets: Sequence[str]
+    ) -> list[Manifest]:
+        """Return the sizes with these numbers that one of ``targets`` runs; without targets, all of them."""
+        built = [
+            size
+            for size in self.manifest.sizes
+            if all(asked[axis] in (None, n) for axis, n in size.shapes.sizes.items())
+            and (not targets or any(name in size.targets for name in targets))
+        ]
+        own = self.manifest.shapes.sizes
+        plain = {axis: own[axis] if n is None else n for axis, n in asked.items()}
+        found = {size.shapes.label: size for size in built}
+        for target in (self.manifest.targets[name] for name in targets):
+            held = target.profile.get("batch")
+            batches = [plain["batch"]]
+            if asked["batch"] is None and images is not None and held is not None:
+                batches = [n for n in range(held.min, min(held.max, max(images, held.min)) + 1) if n in held]
+            for batch in batches:
+                sizes: dict[Axis, int] = {**plain, "batch": batch}
+                if target.profile and target.holds(sizes, own):
+                    size = self.manifest.resized(sizes)
+                    found.setdefault(size.shapes.label, size)
+        return [*found.values()]
+
+    def _no_such_size(self, asked: Mapping[Axis, int | None], targets: Sequence[str]) -> QlipError:
+        entries = {name: self.manifest.targets[name] for name in targets}
+        options: dict[Axis, str] = {"height": "--height", "width": "--width", "batch": "--batch-size"}
+        known = ""
+        if not entries or not all(entry.profile for entry in entries.values()):
+            labels = ", ".join(size.shapes.label for size in self.manifest.sizes)
+            known = f"{labels} (WIDTHxHEIGHT, :batch size)"
+        own = self.manifest.shapes.sizes
+        ranges = (
+            f"{name}: "
+            + ", ".join(
+                f"{axis} {entry.profile[axis].told if axis in entry.profile else own[axis]}" for axis in AXES
+            )
+            for name, entry in entries.items()
+            if entry.profile
+        )
+        return QlipError(
+            f"{self.root} holds no engines of that size",
+            expected="; ".join(filter(None, [known, *ranges])),
+            found=" ".join(f"{options[a]} {asked[a]}" for a in options if asked[a] is not None),
+            fix="build it with one more --size"
+            + (", or compile it with a wider --profile" if any(e.profile for e in entries.values()) else ""),
         )
 
     def file(self, path: str) -> Path:

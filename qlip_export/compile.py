@@ -18,6 +18,7 @@ from qlip_export.backends.options import CompileOptions
 from qlip_export.bundle import Bundle, Compiled, EngineEntry, Manifest, TargetEntry, TimingEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
+from qlip_export.profiles import ProfilePlan, key_of, plan_profile
 from qlip_export.progress import Progress
 from qlip_export.spec import Container, Frozen, container_of
 from qlip_export.workspace import Workspace
@@ -85,7 +86,9 @@ def compile_bundle(
             check_weights()
             return bundle.file(onnx)
 
-        target = compile_target(bundle.manifest, compiler, checked, workspace, progress)
+        profile = (options or CompileOptions()).profile
+        plan = plan_profile(bundle.manifest, profile, bundle.file) if profile else None
+        target = compile_target(bundle.manifest, compiler, checked, workspace, progress, plan)
         before = bundle.manifest.targets.get(compiler.name)
         if before is not None and before.engines == target.engines and not workspace.built:
             # All new or none: times are those of one run on one machine.
@@ -111,6 +114,7 @@ def compile_target(
     source: Callable[[str], Path],
     workspace: Workspace,
     progress: Progress,
+    plan: ProfilePlan | None = None,
 ) -> TargetEntry:
     """Compile every ONNX file that has to be, and return the target.
 
@@ -120,16 +124,21 @@ def compile_target(
         source: Returns the file behind an ONNX path of the manifest.
         workspace: Gets the engines.
         progress: Display.
+        plan: Makes engines of the first size's graphs that run other sizes, too.
 
     Raises:
         QlipError: The disk cannot hold the engines, or the backend refuses a graph.
     """
     can = backend.capabilities
+    if plan is not None:
+        manifest = manifest.sizes[0]
+        told = ", ".join(f"{axis} {held} (min, opt, max)" for axis, held in plan.profile.items())
+        progress.note(f"one set of engines for {told}")
     jobs = {onnx: f"engines/{backend.name}/{Path(onnx).stem}{can.suffix}" for onnx in manifest.containers}
     code = [sha256_of(path) for path in backend.sources]
     compiler = content_key("engine", backend.name, can.version, can.device, can.half, can.options, code)
     # The key of an ONNX file covers its weights as well, which its own bytes do not.
-    keys = {onnx: content_key(compiler, manifest.files[onnx].key) for onnx in jobs}
+    keys = {onnx: content_key(compiler, manifest.files[onnx].key, *_varying(onnx, plan)) for onnx in jobs}
     missing = tuple(onnx for onnx in jobs if not workspace.has(jobs[onnx], keys[onnx]))
     check_preflight(preflight(manifest, backend, missing, workspace.out.parent), progress)
     progress.stage("compile", len(jobs))
@@ -139,7 +148,12 @@ def compile_target(
 
         def make(engine: Path, onnx: str = onnx, container: Container = container) -> JsonValue:
             try:
-                compiled = backend.compile(source(onnx), engine, container)
+                file = source(onnx)
+                compiled = (
+                    backend.compile(file, engine, container)
+                    if plan is None
+                    else backend.compile_ranging(file, engine, container, plan.engines[onnx])
+                )
             except MemoryError as error:
                 raise QlipError(
                     f"memory ran out while {backend.name} compiled {Path(onnx).name}",
@@ -161,7 +175,16 @@ def compile_target(
         half=can.half,
         options=dict(can.options),
         engines=engines,
+        profile=plan.profile if plan is not None else {},
     )
+
+
+def _varying(onnx: str, plan: ProfilePlan | None) -> list[JsonValue]:
+    """Return what a profile adds to the key of an engine: what it makes of this graph, and by which code."""
+    if plan is None:
+        return []
+    passes = [Path(__file__).parent / "graph" / name for name in ("dynamic.py", "propagate.py")]
+    return [key_of(plan.engines[onnx]), [sha256_of(path) for path in passes]]
 
 
 def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], folder: Path) -> Preflight:

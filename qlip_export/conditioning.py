@@ -24,7 +24,14 @@ class Constant(Frozen):
     """The same numbers for every sample and every run, in pixels where they are sizes."""
 
     kind: Literal["constant"] = "constant"
-    row: tuple[float, ...] = Field(min_length=1)
+    row: tuple[float | Literal["height", "width"], ...] = Field(
+        min_length=1, description="numbers, or the name of what the image has"
+    )
+
+    def at(self, image: tuple[int, int]) -> list[float]:
+        """Return the numbers for images of this height and width."""
+        named = {"height": float(image[0]), "width": float(image[1])}
+        return [named[n] if isinstance(n, str) else n for n in self.row]
 
 
 class GuidanceScale(Frozen):

@@ -127,13 +127,12 @@ _SD = Pipeline(
 # --- Stable Diffusion XL (Podell et al. 2023)
 
 
-def _sdxl_inputs(size: Size) -> dict[str, Recipe]:
-    # Original size, top left corner of the crop, target size: an image as asked for, not cut.
-    ids = (*size.image, 0, 0, *size.image)
+def _sdxl_inputs(_: Size) -> dict[str, Recipe]:
     return {
         "text": Encoded(output="text", encoders=("text_encoder", "text_encoder_2")),
         "pooled": Encoded(output="projected", encoders=("text_encoder_2",)),
-        "time_ids": Constant(row=tuple(float(i) for i in ids)),
+        # Original size, top left corner of the crop, target size: an image as asked for, not cut.
+        "time_ids": Constant(row=("height", "width", 0.0, 0.0, "height", "width")),
     }
 
 

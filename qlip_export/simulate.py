@@ -125,7 +125,7 @@ class Simulator:
         self._recipes = self._kind.inputs(self._shapes.size)
         # On the device from the start: nothing may be copied there while a CUDA graph is recorded.
         self._constants = {
-            name: torch.tensor(recipe.row, device=self.device)
+            name: torch.tensor(recipe.at(self._shapes.size.image), device=self.device)
             for name, recipe in self._recipes.items()
             if isinstance(recipe, Constant)
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,18 +52,24 @@ def time_target(
         except QlipError as error:
             progress.note(f"not timed: {error.problem}")
             return None
+        sizes, held = bundle.manifest.sizes, target.entry.profile
         known = target.entry.timing
         if known is not None:
             milliseconds, repeats = known.milliseconds, known.repeats
         else:
             milliseconds, repeats = {}, MOST
-            for size in bundle.manifest.sizes:
+            if held:  # one set of engines, timed where it is meant to be fastest
+                own = bundle.manifest.shapes.sizes
+                best = {axis: held[axis].opt if axis in held else n for axis, n in own.items()}
+                sizes = (bundle.manifest.resized(best),)
+            for size in sizes:
                 one = Bundle(root, size)
-                found, times = _measure(one, Chain(one, target), progress)
+                entry = size.targets[target.name]
+                found, times = _measure(one, Chain(one, replace(target, entry=entry)), progress)
                 milliseconds, repeats = milliseconds | found, min(repeats, times)
         instead = {
             size.shapes.label: {} if keep_dominated else dominated(size.blocks, milliseconds)
-            for size in bundle.manifest.sizes
+            for size in (bundle.manifest.sizes[:1] if held else bundle.manifest.sizes)
         }
         timing = TimingEntry(
             milliseconds=milliseconds,
@@ -71,8 +78,8 @@ def time_target(
             other_sizes=instead,
         )
         if timing != known:
-            entry: TargetEntry = target.entry.model_copy(update={"timing": timing})
-            workspace.replace_target(bundle.manifest, target.name, entry)
+            timed_entry: TargetEntry = target.entry.model_copy(update={"timing": timing})
+            workspace.replace_target(bundle.manifest, target.name, timed_entry)
     return timing
 
 

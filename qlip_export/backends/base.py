@@ -20,6 +20,7 @@ from qlip_export.bundle import (
     LayerEntry,
     TargetEntry,
 )
+from qlip_export.extents import EngineShapes
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, Container, DType
 
@@ -161,6 +162,16 @@ class Backend(ABC):
         Raises:
             QlipError: The library refuses the graph.
         """
+
+    def compile_ranging(
+        self, onnx: Path, engine: Path, container: Container, shapes: EngineShapes
+    ) -> Compiled:
+        """Compile a typed ONNX file into an engine whose shapes vary as ``shapes`` says.
+
+        Raises:
+            QlipError: The library refuses the graph, or this backend takes no `--profile`.
+        """
+        raise refused(self.name, "profile")
 
     def measure(self, path: Path, entry: EngineEntry) -> EngineMemory | None:
         """Return what an engine file takes when it is loaded and run here; ``None``: that cannot be told."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, field_validator
 
 from qlip_export.errors import QlipError
+from qlip_export.extents import Profile
 from qlip_export.spec import Frozen
 
 
@@ -20,6 +21,7 @@ class CompileOptions(Frozen):
     hardware_compat: Literal["same-compute-capability", "ampere-plus"] | None = None
     version_compat: bool = False
     tf32: bool = False
+    profile: Profile = Field(default_factory=dict, description="batch, height and width that vary")
     target: tuple[str, ...] = Field(default=(), description="GPUs, e.g. sm89; none: the library's default")
 
     @field_validator("target")
@@ -35,13 +37,23 @@ class CompileOptions(Frozen):
 
     @property
     def identity(self) -> dict[str, JsonValue]:
-        """Those of them that make another engine; a timing cache only saves time."""
-        return {name: value for name, value in self.given.items() if name != "timing_cache"}
+        """Those of them that make another engine of every graph.
+
+        A timing cache only saves time; a profile changes the graphs that it is about.
+        """
+        return {name: value for name, value in self.given.items() if name not in ("timing_cache", "profile")}
 
 
 def refused(backend: str, option: str, reason: str | None = None) -> QlipError:
     """Return the error for an option that ``backend`` does not take."""
     spelt = "--" + option.replace("_", "-")
+    if option == "profile":
+        return QlipError(
+            f"{backend} takes no {spelt}: its engines have static shapes",
+            expected="--backend tensorrt or tensorrt-rtx",
+            found=f"--backend {backend}",
+            fix="give several static sizes at build: --size WIDTHxHEIGHT[:BATCH], repeatable",
+        )
     return QlipError(
         f"{backend} takes no {spelt}", found=reason, fix=f"leave {spelt} out, or choose another --backend"
     )

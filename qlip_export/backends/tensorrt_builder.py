@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlip_export.backends.base import wrong_precisions
 from qlip_export.bundle import EngineFacts, TensorEntry
+from qlip_export.extents import EngineShapes
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, DType
 
@@ -35,6 +36,7 @@ class Library(Protocol):
 
     Builder: type[tensorrt.Builder]
     BuilderFlag: type[tensorrt.BuilderFlag]
+    Dims: type[tensorrt.Dims]
     ExecutionContextAllocationStrategy: type[tensorrt.ExecutionContextAllocationStrategy]
     HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
     ILogger: type[tensorrt.ILogger]
@@ -154,9 +156,32 @@ def raising(watch: Watch) -> Iterator[None]:
         raise watch.raised
 
 
-def port(tensor: tensorrt.ITensor) -> TensorEntry:
-    """Return an input or output of a network."""
-    return TensorEntry(name=tensor.name, shape=tensor.shape[:], dtype=DTYPES[tensor.dtype.name])
+def port(tensor: tensorrt.ITensor, shapes: EngineShapes | None = None) -> TensorEntry:
+    """Return an input or output of a network, whose shape varies as ``shapes`` says."""
+    entry = TensorEntry(name=tensor.name, shape=tensor.shape[:], dtype=DTYPES[tensor.dtype.name])
+    if shapes is None or not shapes.varies(tensor.name):
+        return entry
+    extents = shapes.ports[tensor.name]
+    own = tuple(extent.at(shapes.own) for extent in extents)
+    return entry.model_copy(update={"shape": own, "extents": tuple(map(str, extents))})
+
+
+def add_profile(
+    library: Library,
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    config: tensorrt.IBuilderConfig,
+    shapes: EngineShapes,
+) -> None:
+    """Give the builder least, best and largest shape of every input that varies, as one profile."""
+    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+    if not any(map(shapes.varies, inputs)):
+        return
+    profile = builder.create_optimization_profile()
+    for name in filter(shapes.varies, inputs):
+        low, best, high = (library.Dims([*shapes.at(which, name)]) for which in ("min", "opt", "max"))
+        profile.set_shape(name, low, best, high)
+    config.add_optimization_profile(profile)
 
 
 def parsed_facts(

@@ -14,6 +14,7 @@ from qlip_export.backends.options import CompileOptions, refused
 from qlip_export.backends.tensorrt_runtime import TensorRtRuntime
 from qlip_export.bundle import Compiled, EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
+from qlip_export.extents import EngineShapes
 from qlip_export.files import written_aside
 from qlip_export.progress import Progress, Silent
 from qlip_export.spec import Asked, Container
@@ -53,26 +54,47 @@ class TensorRtFamily(TensorRtRuntime):
 
     def compile(self, onnx: Path, engine: Path, container: Container) -> Compiled:
         """See `Backend.compile`."""
+        return self._compile(onnx, engine, container, None)
+
+    def compile_ranging(
+        self, onnx: Path, engine: Path, container: Container, shapes: EngineShapes
+    ) -> Compiled:
+        """See `Backend.compile_ranging`."""
+        return self._compile(onnx, engine, container, shapes)
+
+    def _compile(
+        self, onnx: Path, engine: Path, container: Container, shapes: EngineShapes | None
+    ) -> Compiled:
         import onnx_ir as ir
 
+        from qlip_export.graph.dynamic import make_dynamic
         from qlip_export.graph.expand import expand_int4
         from qlip_export.graph.precisions import asked_precisions
         from qlip_export.graph.store import load
+
+        def made() -> ir.Model:
+            model = load(onnx)
+            if shapes is not None:
+                make_dynamic(model, shapes.ports, shapes.own, name=onnx.name)
+            return model
 
         asked = asked_precisions(load(onnx))
         refusal: QlipError | None = None
         # INT8 kernels multiply INT8; others may read packed INT4, which depends on library and version.
         if container is not Container.INT8:
             try:
-                return self._build(onnx, onnx, engine, asked)
+                if shapes is None:
+                    return self._build(onnx, onnx, engine, asked)
+                with _saved(made(), engine.parent) as ranging:
+                    return self._build(onnx, ranging, engine, asked, shapes)
             except QlipError as error:
                 refusal = error
-        model = ir.load(onnx)
+        model = made()
         widened = expand_int4(model)
         if refusal is not None and not widened:
             raise refusal
         with _saved(model, engine.parent) as expanded:
-            compiled = self._build(onnx, expanded, engine, asked)
+            compiled = self._build(onnx, expanded, engine, asked, shapes)
         if refusal is not None:
             self._progress.note(
                 f"{onnx.stem}: {self.title} refuses packed INT4 weights here; they are INT8 now "
@@ -82,7 +104,14 @@ class TensorRtFamily(TensorRtRuntime):
         facts = compiled.facts.model_copy(update={"int4_weights_widened": widened})
         return compiled.model_copy(update={"facts": facts})
 
-    def _build(self, onnx: Path, source: Path, engine: Path, asked: Mapping[str, Asked]) -> Compiled:
+    def _build(
+        self,
+        onnx: Path,
+        source: Path,
+        engine: Path,
+        asked: Mapping[str, Asked],
+        shapes: EngineShapes | None = None,
+    ) -> Compiled:
         """Build ``engine`` from ``source``, which is ``onnx`` or what was made of it."""
         trt, messages = self.library, shared.Messages()
         log = shared.logger(trt, messages)
@@ -106,6 +135,8 @@ class TensorRtFamily(TensorRtRuntime):
         config = builder.create_builder_config()
         watch = shared.Watch(self._progress, onnx.stem)
         self._configure(trt, config, messages)
+        if shapes is not None:
+            shared.add_profile(trt, builder, network, config, shapes)
         config.progress_monitor = shared.monitor(trt, watch)
         with shared.raising(watch):
             plan = shared.maybe(builder.build_serialized_network(network, config))
@@ -116,8 +147,8 @@ class TensorRtFamily(TensorRtRuntime):
             with written_aside(self._options.timing_cache) as aside:
                 aside.write_bytes(bytes(config.get_timing_cache().serialize()))
         return Compiled(
-            inputs=tuple(shared.port(network.get_input(i)) for i in range(network.num_inputs)),
-            outputs=tuple(shared.port(network.get_output(i)) for i in range(network.num_outputs)),
+            inputs=tuple(shared.port(network.get_input(i), shapes) for i in range(network.num_inputs)),
+            outputs=tuple(shared.port(network.get_output(i), shapes) for i in range(network.num_outputs)),
             facts=self._facts(log, bytes(plan), asked, shared.parsed_facts(trt, network, asked)),
         )
 

@@ -215,6 +215,14 @@ def compile_(
         bool, typer.Option("--version-compat", help="TensorRT: engines for later versions, too.")
     ] = False,
     tf32: Annotated[bool, typer.Option("--tf32", help="TensorRT: let FP32 layers compute in TF32.")] = False,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:MINxOPTxMAX",
+            help="TensorRT, TensorRT-RTX: batch, height or width (images, pixels) that vary; repeatable.",
+            show_default="all static",
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="TensorRT-RTX: GPUs, e.g. sm86,sm89.", show_default="8.0, 8.6, 8.9 and 12.x"),
@@ -232,6 +240,7 @@ def compile_(
     from qlip_export.backends.options import CompileOptions
     from qlip_export.compile import compile_bundle
     from qlip_export.display import print_dominated
+    from qlip_export.extents import parse_profile
     from qlip_export.progress import progress_for_terminal
     from qlip_export.timing import time_target
 
@@ -243,6 +252,7 @@ def compile_(
         hardware_compat=hardware_compat,
         version_compat=version_compat,
         tf32=tf32,
+        profile=parse_profile(profile or ()),
         target=tuple(target.split(",")) if target is not None else (),
     )
     with progress_for_terminal() as progress:

@@ -106,7 +106,8 @@ class Conditioner:
                 case Encoded():
                     made[name] = np.concatenate([encoded[e][recipe.output] for e in recipe.encoders], axis=-1)
                 case Constant():
-                    made[name] = np.broadcast_to(np.array(recipe.row, np.float32), shapes[name]).copy()
+                    row = np.array(recipe.at(self._manifest.shapes.image), np.float32)
+                    made[name] = np.broadcast_to(row, shapes[name]).copy()
                 case GuidanceScale():
                     made[name] = np.full(shapes[name], guidance, np.float32)
         return made

@@ -114,7 +114,8 @@ class TextToImage:
             path: The bundle's folder.
             backend: Whose engines to run; ``auto`` takes the first that can run here.
             threads: CPU threads an engine may use; ``None`` leaves it to the backend.
-            height: Of images, pixels, where the bundle has several sizes; the first that fits is taken.
+            height: Of images, pixels, where the bundle has several sizes or a target with a profile; the
+                first that fits is taken.
             width: The same.
             batch_size: Images per batch, the same.
             images: How many images a call will draw: chooses among batch sizes; see `Bundle.at`.
@@ -123,8 +124,11 @@ class TextToImage:
             QlipError: No bundle, a damaged one, one without such engines or such a size, or none that can run
                 here.
         """
-        bundle = Bundle.open(path).at(height=height, width=width, batch_size=batch_size, images=images)
-        return cls(bundle, choose_target(bundle, backend, threads=threads))
+        opened = Bundle.open(path)
+        size = {"height": height, "width": width, "batch_size": batch_size}
+        target = choose_target(opened.serving(backend, **size), backend, threads=threads)
+        bundle = opened.at(**size, images=images, target=target.name)
+        return cls(bundle, replace(target, entry=bundle.manifest.targets[target.name]))
 
     def at(
         self,
