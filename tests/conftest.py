@@ -26,6 +26,8 @@ settings.load_profile("qlip")
 
 STEPS = 4
 """Sampling steps of every shared bundle."""
+SIZES = ("32x32", "48x32", "32x32:2")
+"""Sizes of the bundle that has several."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -125,6 +127,17 @@ def adaptive_bundle(shared: Shared, tiny_model: Path, bundle: Path, trained: Pat
         build_tiny(tiny_model, out, calibration=trained)
 
     return shared("adaptive", make)
+
+
+@pytest.fixture(scope="session")
+def sized(shared: Shared, tiny_model: Path, trained: Path, adaptive_bundle: Path) -> Path:
+    """The tiny model with a policy, in two sizes, and in batches of two in the first."""
+
+    def make(out: Path) -> None:
+        shutil.copytree(adaptive_bundle, out)
+        build_tiny(tiny_model, out, bits=(8, 16, 32), sizes=SIZES, calibration=trained)
+
+    return shared("sized", make)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from qlip_export.capture import Shapes, capture_denoiser, denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.extents import Axis, Extent, Extents
 from qlip_export.families import Family, family_of
+from qlip_export.graph.dynamic import make_dynamic
 from qlip_export.graph.layers import find_layers, static_shape
 from qlip_export.graph.split import split
 from qlip_export.spec import Granularity
@@ -86,6 +89,53 @@ def test_graph_predicts_what_torch_does(captured: Captured) -> None:
     found = run(captured.graph, captured.feeds)["noise"]
     assert found.shape == (captured.shapes.denoiser_batch, *captured.shapes.latents[1:])
     assert relative(found, captured.expected) < 1e-5
+
+
+def varying(captured: Captured, space: Collection[Axis]) -> dict[str, Extents]:
+    """Return the shapes of the denoiser's inputs where the batch and ``space`` vary."""
+    found = {}
+    for value in captured.family.inputs:
+        shape = [Extent.of(n) for n in captured.shapes.of(value)]
+        if len(shape) > 1:
+            shape[0] = Extent.of("batch") * Extent.of(captured.shapes.denoiser_batch)
+        if value.name == "latents":
+            axes: tuple[tuple[int, Axis], ...] = ((2, "height"), (3, "width"))
+            for i, axis in axes:
+                shape[i] = Extent.of(axis) / 4 if axis in space else shape[i]
+        found[value.name] = tuple(shape)
+    return found
+
+
+@pytest.fixture
+def graph_copy(captured: Captured) -> ir.Model:
+    return ir.from_proto(ir.to_proto(captured.graph))
+
+
+def test_dynamic_graph_predicts_what_torch_does_at_another_size(
+    captured: Captured, graph_copy: ir.Model
+) -> None:
+    """FLUX in batches alone, see below."""
+    space: dict[Axis, int] = {} if captured.family.name == "flux" else {"height": 32, "width": 48}
+    steps = make_dynamic(graph_copy, varying(captured, space), {"batch": 1, **space}, name="denoiser").steps
+    assert steps == {"batch": 1, **dict.fromkeys(space, 8)}
+    rng = np.random.default_rng(1)
+    feeds = dict(captured.feeds)
+    for value in captured.family.inputs:
+        shape = list(feeds[value.name].shape)
+        if len(shape) > 1:
+            shape[0] *= 3
+            if value.name == "latents" and space:
+                shape[2:] = [12, 6]
+            feeds[value.name] = rng.standard_normal(shape, dtype=np.float32)
+    wanted = predict(captured.family.name, torch_denoiser(captured.family.name), feeds)
+    assert relative(run(graph_copy, feeds)["noise"], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("captured", ["flux"], indirect=True)
+def test_rotary_positions_tie_a_graph_to_one_height(captured: Captured, graph_copy: ir.Model) -> None:
+    inputs = varying(captured, ["height"])
+    with pytest.raises(QlipError, match=r"\(Mul\) of layer 'transformer_blocks.0.attn'(.|\n)* meets 536"):
+        make_dynamic(graph_copy, inputs, {"batch": 1, "height": 32}, name="denoiser")
 
 
 @pytest.mark.parametrize("granularity", ["coarse", "fine", "whole"])

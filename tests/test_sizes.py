@@ -27,22 +27,10 @@ from qlip_export.runtime import TextToImage
 from qlip_export.spec import image_sizes
 from qlip_export.validate import validate
 from qlip_export.zoo import find_configs
-from tests.conftest import STEPS, Cli, Shared, build_tiny
+from tests.conftest import SIZES, STEPS, Cli, Shared, build_tiny
 from tests.test_cli import one_error, tree
 
 PROMPT = "a red apple"
-SIZES = ("32x32", "48x32", "32x32:2")
-
-
-@pytest.fixture(scope="session")
-def sized(shared: Shared, tiny_model: Path, trained: Path, adaptive_bundle: Path) -> Path:
-    """The tiny model with a policy, in two sizes, and in batches of two in the first."""
-
-    def make(out: Path) -> None:
-        shutil.copytree(adaptive_bundle, out)
-        build_tiny(tiny_model, out, bits=(8, 16, 32), sizes=SIZES, calibration=trained)
-
-    return shared("sized", make)
 
 
 def test_weights_stand_in_the_bundle_once(sized: Path) -> None:

@@ -263,7 +263,7 @@ class _Dynamic:
     def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
             name=tensor.name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.numpy().shape),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )

@@ -262,7 +262,13 @@ def _resize(call: Call) -> list[Dims]:
 
 
 def _reshape(call: Call) -> list[Dims]:
-    return [regroup(call.shape(0), call.static(), call.own)]
+    before, numbers = call.at_own(call.shape(0)), call.constant(1)
+    assert numbers is not None
+    copies = not call.integer("allowzero", 0)
+    target = [before[i] if n == 0 and copies else int(n) for i, n in enumerate(numbers.tolist())]
+    if -1 in target:
+        target[target.index(-1)] = prod(before) // -prod(target)
+    return [regroup(call.shape(0), target, call.own)]
 
 
 def regroup(shape: Dims, target: Sequence[int], own: Mapping[Axis, int]) -> Dims:
