@@ -549,7 +549,7 @@ class Bundle:
         Sizes that a target with a profile runs come after those that the bundle was built with; numbers that
         are not given are then the bundle's own. Where images of that size come in several batch sizes and it
         is known how many are wanted, the one that draws them with the least padding, then in the fewest
-        batches.
+        batches; where a target's batch has a range, the fewest batches, and the least padding with these.
 
         Args:
             height: Of images, pixels.
@@ -563,7 +563,11 @@ class Bundle:
         """
         asked: dict[Axis, int | None] = {"batch": batch_size, "height": height, "width": width}
         named = self.manifest.targets
-        fitting = self._fitting(asked, images, [*named] if target is None else [target])
+        held = None if target is None else named[target].profile.get("batch")
+        if held is not None and images and batch_size is None:
+            batches = -(-images // held.max)
+            asked["batch"] = max(held.min, -(-images // batches))
+        fitting = self._fitting(asked, [*named] if target is None else [target])
         if not fitting:
             raise self._no_such_size(asked, [*named] if target is None else [target])
 
@@ -590,38 +594,28 @@ class Bundle:
         """
         asked: dict[Axis, int | None] = {"batch": batch_size, "height": height, "width": width}
         named = [n for n, entry in self.manifest.targets.items() if wanted in ("auto", entry.backend)]
-        serving = [name for name in named if self._fitting(asked, None, [name])]
-        if not serving and (named or not self._fitting(asked, None, [])):
+        serving = [name for name in named if self._fitting(asked, [name])]
+        if not serving and (named or not self._fitting(asked, [])):
             raise self._no_such_size(asked, named)
         targets = {name: self.manifest.targets[name] for name in serving}
         return Bundle(
             self.root, self.manifest.model_copy(update={"targets": targets}) if serving else self.manifest
         )
 
-    def _fitting(
-        self, asked: Mapping[Axis, int | None], images: int | None, targets: Sequence[str]
-    ) -> list[Manifest]:
+    def _fitting(self, asked: Mapping[Axis, int | None], targets: Sequence[str]) -> list[Manifest]:
         """Return the sizes with these numbers that one of ``targets`` runs; without targets, all of them."""
-        built = [
+        found = [
             size
             for size in self.manifest.sizes
             if all(asked[axis] in (None, n) for axis, n in size.shapes.sizes.items())
             and (not targets or any(name in size.targets for name in targets))
         ]
         own = self.manifest.shapes.sizes
-        plain = {axis: own[axis] if n is None else n for axis, n in asked.items()}
-        found = {size.shapes.label: size for size in built}
-        for target in (self.manifest.targets[name] for name in targets):
-            held = target.profile.get("batch")
-            batches = [plain["batch"]]
-            if asked["batch"] is None and images is not None and held is not None:
-                batches = [n for n in range(held.min, min(held.max, max(images, held.min)) + 1) if n in held]
-            for batch in batches:
-                sizes: dict[Axis, int] = {**plain, "batch": batch}
-                if target.profile and target.holds(sizes, own):
-                    size = self.manifest.resized(sizes)
-                    found.setdefault(size.shapes.label, size)
-        return [*found.values()]
+        sizes = {axis: n if (given := asked[axis]) is None else given for axis, n in own.items()}
+        ranging = (t for t in (self.manifest.targets[name] for name in targets) if t.profile)
+        if all(size.shapes.sizes != sizes for size in found) and any(t.holds(sizes, own) for t in ranging):
+            found.append(self.manifest.resized(sizes))
+        return found
 
     def _no_such_size(self, asked: Mapping[Axis, int | None], targets: Sequence[str]) -> QlipError:
         entries = {name: self.manifest.targets[name] for name in targets}

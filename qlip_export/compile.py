@@ -132,7 +132,7 @@ def compile_target(
     can = backend.capabilities
     if plan is not None:
         manifest = manifest.sizes[0]
-        told = ", ".join(f"{axis} {held} (min, opt, max)" for axis, held in plan.profile.items())
+        told = "; ".join(f"{axis} {held.told}" for axis, held in plan.profile.items())
         progress.note(f"one set of engines for {told}")
     jobs = {onnx: f"engines/{backend.name}/{Path(onnx).stem}{can.suffix}" for onnx in manifest.containers}
     code = [sha256_of(path) for path in backend.sources]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.backends.stand_in_cuda import StandInRuntime
 from tests.conftest import Shared
 
 
@@ -32,3 +34,21 @@ def emoji_rtx(shared: Shared) -> Path:
         compile_bundle(out, "tensorrt-rtx", Silent())
 
     return shared("emoji-rtx", make)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
+    from qlip_export.backends import cuda
+
+    runtime = StandInRuntime()
+    monkeypatch.setattr(cuda, "runtime", runtime)
+
+    def cast(self: Any, source: Any, target: Any) -> None:
+        def work() -> None:
+            values = np.frombuffer(runtime.blocks[source.pointer], source.dtype, source.count)
+            np.frombuffer(runtime.blocks[target.pointer], target.dtype, target.count)[:] = values
+
+        runtime.do(work)
+
+    monkeypatch.setattr(cuda.Gpu, "cast", cast)
+    return runtime

@@ -1,12 +1,14 @@
 """A stand-in for TensorRT at run time: its engines are ONNX files, run by ONNX Runtime on host memory.
 
 It answers as the library does (nothing or `False` where that fails) and refuses what that refuses: a tensor
-without an address, another shape than the engine's, less scratch memory than the engine asked for.
+without an address, another shape than the engine's, one outside of its profile or one that varies and was not
+given, less scratch memory than the engine asked for. A profile stands in the ONNX file's metadata.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +64,8 @@ class Engine:
         self.inputs = {port.name: port for port in self.session.get_inputs()}
         self.outputs = {port.name: port for port in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
+        told = self.session.get_modelmeta().custom_metadata_map.get("profile", "{}")
+        self.profile: dict[str, tuple[list[int], list[int]]] = json.loads(told)
         self.num_io_tensors = len(self.names)
         self.device_memory_size_v2 = len(plan)
 
@@ -81,9 +85,18 @@ class Context:
         self.engine = engine
         self.addresses: dict[str, int] = {}
         self.memory: tuple[int, int] = (0, 0)
+        self.shapes = {
+            name: tuple(port.shape) for name, port in engine.inputs.items() if name not in engine.profile
+        }
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        return tuple(self.engine.inputs[name].shape) == shape
+        if name not in self.engine.profile:
+            return self.shapes[name] == shape
+        low, high = self.engine.profile[name]
+        fits = len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+        if fits:
+            self.shapes[name] = shape
+        return fits
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -96,19 +109,21 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         if self.memory[1] < self.engine.device_memory_size_v2 or len(self.addresses) < len(self.engine.names):
             return False
+        if self.shapes.keys() != self.engine.inputs.keys():
+            return False
         self.engine.cuda.do(self.compute)
         return True
 
     def compute(self) -> None:
         engine = self.engine
         assert self.memory[0] in engine.cuda.blocks, "scratch memory that was freed"
-        feeds = {name: self.tensor(name, port) for name, port in engine.inputs.items()}
+        feeds = {name: self.tensor(name, port, self.shapes[name]) for name, port in engine.inputs.items()}
         results = engine.session.run(list(engine.outputs), feeds)
         for (name, port), result in zip(engine.outputs.items(), results, strict=True):
-            self.tensor(name, port)[:] = result
+            self.tensor(name, port, result.shape)[:] = result
 
-    def tensor(self, name: str, port: Any) -> np.ndarray:
+    def tensor(self, name: str, port: Any, shape: tuple[int, ...]) -> np.ndarray:
         dtype = np.dtype(NUMPY[port.type])
-        size = int(np.prod(port.shape)) * dtype.itemsize
+        size = int(np.prod(shape)) * dtype.itemsize
         memory = (ctypes.c_char * size).from_address(self.addresses[name])
-        return np.frombuffer(memory, dtype).reshape(port.shape)
+        return np.frombuffer(memory, dtype).reshape(shape)

@@ -56,22 +56,6 @@ class StandInTensorRt(TensorRtRuntime):
 StandInTensorRt.__abstractmethods__ = frozenset()
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
-    runtime = StandInRuntime()
-    monkeypatch.setattr(cuda, "runtime", runtime)
-
-    def cast(self: cuda.Gpu, source: cuda.DeviceBuffer, target: cuda.DeviceBuffer) -> None:
-        def work() -> None:
-            values = np.frombuffer(runtime.blocks[source.pointer], source.dtype, source.count)
-            np.frombuffer(runtime.blocks[target.pointer], target.dtype, target.count)[:] = values
-
-        runtime.do(work)
-
-    monkeypatch.setattr(cuda.Gpu, "cast", cast)
-    return runtime
-
-
 @pytest.fixture(scope="module")
 def compiled(shared: Shared, bundle: Path) -> Path:
     def make(out: Path) -> None:
