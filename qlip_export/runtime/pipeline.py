@@ -146,7 +146,7 @@ class TextToImage:
             QlipError: The bundle has no such size.
         """
         bundle = Bundle.open(self.bundle.root).at(
-            height=height, width=width, batch_size=batch_size, images=images
+            height=height, width=width, batch_size=batch_size, images=images, target=self.target.name
         )
         if bundle.manifest.shapes == self.bundle.manifest.shapes:
             return self
