@@ -180,11 +180,11 @@ def test_packed_int4_weights_that_a_library_refuses_are_widened_and_it_is_said(
     bundle: Path, tmp_path: Path, rtx: Any
 ) -> None:
     class StandInThatReadsNoInt4(type(rtx)):  # type: ignore[misc]
-        def _build(self, onnx: Path, source: Path, engine: Path, asked: Any) -> Any:
+        def _build(self, onnx: Path, source: Path, engine: Path, *rest: Any) -> Any:
             types = {value.dtype for value in ir.load(source).graph.initializers.values()}
             if ir.DataType.INT4 in types:
                 raise QlipError("cannot compile", found="no INT4 here")
-            return super()._build(onnx, source, engine, asked)
+            return super()._build(onnx, source, engine, *rest)
 
     progress = Listening()
     backend = StandInThatReadsNoInt4(threads=None)
