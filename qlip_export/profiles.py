@@ -116,11 +116,10 @@ class _Shapes:
         self, onnx: str, values: Mapping[str, Extents], batch: Extent | None = None
     ) -> dict[str, Extents]:
         """Return the outputs of a graph; inputs that ``values`` lacks are static but for their batch."""
-        import onnx_ir as ir
-
         from qlip_export.graph.dynamic import make_dynamic
+        from qlip_export.graph.store import load
 
-        model = ir.load(self._source(onnx))
+        model = load(self._source(onnx))
         inputs = {}
         for value in model.graph.inputs:
             static = tuple(Extent.of(int(n)) for n in value.shape or ())  # type: ignore[arg-type]

@@ -94,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workspace": {"spec", "files", "bundle"},
     "export": {"*", "-compile", "-build", "-cli", "-runtime", "-validate"},
     "timing": {"spec", "bundle", "progress", "runtime", "workspace"},
-    "profiles": {"spec", "extents", "conditioning", "bundle", "lazy:graph.dynamic"},
+    "profiles": {"spec", "extents", "conditioning", "bundle", "lazy:graph.dynamic", "lazy:graph.store"},
     "compile": {"spec", "files", "bundle", "backends", "profiles", "progress", "workspace"},
     "build": {"*", "-cli", "-runtime"},
     "parity": {"spec", "files"},

@@ -65,7 +65,6 @@ class TensorRtFamily(TensorRtRuntime):
     def _compile(
         self, onnx: Path, engine: Path, container: Container, shapes: EngineShapes | None
     ) -> Compiled:
-        import onnx_ir as ir
 
         from qlip_export.graph.dynamic import make_dynamic
         from qlip_export.graph.expand import expand_int4

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qlip_export.errors import QlipError
 from qlip_export.extents import Axis, Extent, Extents
-from qlip_export.graph.ingest import SCOPE
+from qlip_export.graph.ingest import module_of
 from qlip_export.graph.propagate import (
     ELEMENTWISE,
     Call,
@@ -71,7 +71,7 @@ def make_dynamic(
         try:
             made.visit(node)
         except NotDynamicError as error:
-            layer = node.metadata_props.get(SCOPE)
+            layer = module_of(node)
             raise QlipError(
                 f"{name}: node {node.name!r} ({node.op_type})"
                 + (f" of layer {layer!r}" if layer else "")
@@ -247,9 +247,8 @@ class _Dynamic:
 
     def _insert(self, op: str, inputs: list[ir.Value], before: ir.Node, **attributes: int) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes or None)
-        node.name = node.outputs[0].name = f"{before.outputs[0].name}.{op.lower()}.{len(self.graph)}"
+        node.name = node.outputs[0].name = f"{before.name}.{op.lower()}.{len(self.graph)}"
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        node.metadata_props.update(before.metadata_props)
         self.graph.insert_before(before, node)
         return node.outputs[0]
 

@@ -24,6 +24,7 @@ from qlip_export.compile import CompileReport, compile_bundle
 from qlip_export.errors import QlipError
 from qlip_export.extents import EngineShapes, parse_profile
 from qlip_export.graph.dynamic import make_dynamic
+from qlip_export.graph.store import load
 from qlip_export.noise import seeded_noise
 from qlip_export.progress import Progress, Silent
 from qlip_export.reference import psnr
@@ -210,7 +211,7 @@ class StandInCompiler(StandInTensorRt):
     def compile_ranging(
         self, onnx: Path, engine: Path, container: Container, shapes: EngineShapes
     ) -> Compiled:
-        model = ir.load(onnx)
+        model = load(onnx)
         make_dynamic(model, shapes.ports, shapes.own, name=onnx.name)
         varying = [str(v.name) for v in model.graph.inputs if shapes.varies(str(v.name))]
         profile = {name: (shapes.at("min", name), shapes.at("max", name)) for name in varying}

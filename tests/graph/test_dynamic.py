@@ -17,6 +17,7 @@ from qlip_export.errors import QlipError
 from qlip_export.extents import AXES, Axis, Extent, Extents, parse_profile
 from qlip_export.graph.dynamic import make_dynamic
 from qlip_export.graph.propagate import Dim, NotDynamicError, regroup
+from qlip_export.graph.store import load
 from qlip_export.profiles import ProfilePlan, plan_profile
 from tests.graph.conftest import Arrays, graph, relative, run
 
@@ -39,7 +40,7 @@ class Dynamic:
     def __call__(self, onnx: str) -> Path:
         path = self._folder / Path(onnx).name
         if not path.exists():
-            model = ir.load(self._bundle.root / onnx)
+            model = load(self._bundle.root / onnx)
             shapes = self._plan.engines[onnx]
             make_dynamic(model, shapes.ports, shapes.own, name=onnx)
             ir.save(model, path, external_data=f"{path.stem}.data")
