@@ -23,6 +23,7 @@ from polygraphy.logger import G_LOGGER
 
 from qlip_export.backends.base import Backend
 from qlip_export.bundle import EngineEntry
+from qlip_export.errors import QlipError
 from qlip_export.parity import Arrays, OutputRow
 
 
@@ -97,28 +98,31 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]  # polygraphy has no types
         return _run(self, [{port.name: arrays[port.name] for port in self._entry.inputs} for arrays in cases])
 
 
-def compare(found: Sequence[Arrays], expected: Sequence[Arrays], tolerance: float) -> list[OutputRow] | None:
+def compare(found: Sequence[Arrays], expected: Sequence[Arrays]) -> list[OutputRow] | None:
     """Compare what a runner made of several cases with what the reference made of them.
 
     Args:
         found: Outputs of each case, float32.
         expected: The same of the reference.
-        tolerance: Largest relative L2 error; polygraphy is told the mean absolute error that follows from it.
 
     Returns:
         A row for each output; ``None`` where something in ``found`` is not finite.
+
+    Raises:
+        QlipError: What was found is finite, and the reference is not.
     """
-    results = RunResults()
-    results.append(
-        ("reference", [IterationResult(dict(outputs), runner_name="reference") for outputs in expected])
-    )
-    results.append(("engine", [IterationResult(dict(outputs), runner_name="engine") for outputs in found]))
+    engine, reference = _results("engine", found), _results("reference", expected)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        if not Comparator.validate(results, check_inf=True, check_nan=True):
+        if not Comparator.validate(engine, check_inf=True, check_nan=True):
             return None
-        allowed = {name: tolerance * _rms([outputs[name] for outputs in expected]) for name in expected[0]}
-        judge = SimpleCompareFunc(atol=allowed, rtol=tolerance, check_error_stat="mean")
-        (accuracy,) = Comparator.compare_accuracy(results, compare_func=[judge])
+        if not Comparator.validate(reference, check_inf=True, check_nan=True):
+            raise QlipError(
+                "the reference is not finite where the engine is",
+                expected=f"finite values in {', '.join(expected[0])}",
+                fix="export the model again; its ranges or weights may be damaged",
+            )
+        results = RunResults([*reference, *engine])
+        (accuracy,) = Comparator.compare_accuracy(results, compare_func=[SimpleCompareFunc()])
     ((_, judged),) = accuracy.items()
     return [
         OutputRow(
@@ -148,8 +152,8 @@ def _run(runner: Any, feeds: list[dict[str, NDArray[Any]]]) -> list[dict[str, ND
     ]
 
 
-def _rms(arrays: Sequence[NDArray[Any]]) -> float:
-    return float(np.sqrt(np.mean([np.square(array, dtype=np.float64) for array in arrays])))
+def _results(name: str, cases: Sequence[Arrays]) -> RunResults:
+    return RunResults([(name, [IterationResult(dict(outputs), runner_name=name) for outputs in cases])])
 
 
 def _cosine(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

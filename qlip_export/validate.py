@@ -298,7 +298,7 @@ def _judge(
     # A CPU without fast 16-bit arithmetic computes these containers in FP32, on values stored in FP16.
     tolerance = TOLERANCES.get((variant.container, working), TOLERANCES[Container.INT8, "float16"])
     found = EngineRunner(pipeline.backend, pipeline.bundle.file(entry.path), entry)(inputs)
-    outputs = compare(found, expected, tolerance)
+    outputs = compare(found, expected)
     moved = [relative(a[name], b[name]) for a, b in zip(found, exact, strict=True) for name in a]
     error = np.inf if outputs is None else max(output.error for output in outputs)
     wrong = entry.facts.wrong if entry.facts is not None else {}

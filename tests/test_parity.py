@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qlip_export.bundle import Bundle
+from qlip_export.errors import QlipError
 from qlip_export.parity import save_case
 from qlip_export.runners import Graph, compare
 from qlip_export.spec import Container, variant_name
@@ -67,8 +68,11 @@ def test_save_to_a_file_is_refused(cli: Cli, bundle: Path, tmp_path: Path) -> No
 def test_what_polygraphy_finds_between_runners() -> None:
     expected = [{"y": np.array([3.0, 4.0], np.float32)}, {"y": np.array([0.0, 10.0], np.float32)}]
     found = [{"y": np.array([3.0, 4.0], np.float32)}, {"y": np.array([0.0, 11.0], np.float32)}]
-    (row,) = compare(found, expected, 1e-2) or []
+    (row,) = compare(found, expected) or []
     assert (row.name, row.max, row.mean, row.median, row.cosine) == ("y", 1.0, 0.5, 0.5, 1.0)
     assert row.error == pytest.approx(0.1)
+    expected[0]["y"][1] = np.inf
+    with pytest.raises(QlipError, match="reference is not finite"):
+        compare(found, expected)
     found[0]["y"][0] = np.nan
-    assert compare(found, expected, 1e-2) is None
+    assert compare(found, expected) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 _M_ARENA_MAX = -8
 
@@ -21,9 +22,10 @@ def share_one_heap() -> None:
     """Have the threads of this process allocate from the heaps that there are (glibc).
 
     By default new threads get a heap each, up to eight for every core. What a library's threads allocate for
-    an engine then lies between what they keep, in heaps that shrink from one end only.
+    an engine then lies between what they keep, in heaps that shrink from one end only. Where the environment
+    has ``MALLOC_ARENA_MAX``, that holds.
     """
-    if _C_LIBRARY is not None:
+    if _C_LIBRARY is not None and "MALLOC_ARENA_MAX" not in os.environ:
         _C_LIBRARY.mallopt(_M_ARENA_MAX, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from qlip_export.backends.base import Backend
 from qlip_export.backends.heap import return_free_memory
 from qlip_export.bundle import EngineEntry, EngineMemory
 
-_STATUS = Path("/proc/self/status")
+_STATM = Path("/proc/self/statm")
+_PAGE = mmap.PAGESIZE
 _SAMPLE = 0.001
 
 
@@ -37,13 +39,14 @@ def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMe
     buffers = {p.name: backend.allocate(p.shape, p.dtype) for p in (*entry.inputs, *entry.outputs)}
     return_free_memory()
     before = private_bytes()
-    started = time.process_time()
     with sampled_private_bytes() as while_loading:
+        started = time.process_time()
         engine = backend.load(path, entry)
-        engine.frugal = True
-        for name, buffer in buffers.items():
-            engine.bind(name, buffer)
-    seconds = time.process_time() - started
+        seconds = time.process_time() - started
+    engine.frugal = True
+    for name, buffer in buffers.items():
+        engine.bind(name, buffer)
+    return_free_memory()
     with sampled_private_bytes() as running:
         engine.run()
         return_free_memory()
@@ -62,17 +65,26 @@ def measure_engine(backend: Backend, path: Path, entry: EngineEntry) -> EngineMe
 
 def tells_memory() -> bool:
     """Return whether the system tells what this process takes (Linux)."""
-    return _STATUS.is_file()
+    return _STATM.is_file()
 
 
 def private_bytes() -> int:
-    """Return the memory of this process that no file backs (Linux)."""
-    return _field("RssAnon") or 0
+    """Return the resident memory of this process that no file backs (Linux).
+
+    Raises:
+        OSError: The system does not tell; see `tells_memory`.
+    """
+    _, resident, shared, *_ = _STATM.read_text(encoding="ascii").split()
+    return (int(resident) - int(shared)) * _PAGE
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process (Linux)."""
-    return _field("VmRSS") or 0
+    """Return the resident memory of this process (Linux).
+
+    Raises:
+        OSError: The system does not tell; see `tells_memory`.
+    """
+    return int(_STATM.read_text(encoding="ascii").split()[1]) * _PAGE
 
 
 def available_memory_bytes() -> int | None:
@@ -102,10 +114,3 @@ def sampled_private_bytes() -> Iterator[list[int]]:
         done.set()
         sampler.join()
         samples.append(private_bytes())
-
-
-def _field(name: str) -> int | None:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -37,7 +37,7 @@ _COMPUTED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8
 _NAMES: dict[str, DType] = {t.get_type_name(): name for name, t in _TYPES.items()}
 
 
-_FRAGMENTS = 2_000_000
+_FRAGMENTS = 3_000_000
 """Bytes of heap pages that an engine brings and shares with others, so that dropping it does not give them
 back and its measurement does not see them. Small engines have fewer."""
 _KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
@@ -47,7 +47,7 @@ class OpenVINOBackend(Backend):
     """Compiles for and runs on the CPU device."""
 
     name = "openvino"
-    reserve = 5_000_000
+    reserve = 4_000_000
 
     def __init__(self, *, threads: int | None) -> None:
         """Create the OpenVINO core; ``threads`` limits the threads of each engine."""
@@ -178,7 +178,7 @@ class OpenVINOBackend(Backend):
         found = measure_engine(self, path, entry)
         if found is None:
             return None
-        unseen = min(_FRAGMENTS, 5 * path.stat().st_size)
+        unseen = min(_FRAGMENTS, 8 * path.stat().st_size)
         return found.model_copy(update={"resident": found.resident + unseen})
 
     def load(self, path: Path, entry: EngineEntry) -> Engine:

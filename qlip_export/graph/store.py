@@ -31,9 +31,20 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """Return a graph with the types and shapes of all its values; weights stay where they are."""
+    """Return a graph with the types and shapes of all its values; weights stay where they are.
+
+    Raises:
+        QlipError: The ONNX library here infers less than the one that left them out.
+    """
     proto = onnx.load(path, load_external_data=False)
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    outputs = [value for node in model.graph for value in node.outputs if value.name]
+    if untyped := [value.name for value in outputs if value.dtype is None]:
+        raise QlipError(
+            f"onnx {onnx.__version__} does not tell the types of all values in {path}",
+            found=f"none for {untyped[0]!r}",
+            fix="pip install --upgrade onnx",
+        )
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
 

@@ -55,6 +55,15 @@ def test_a_graph_that_is_not_well_typed_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.onnx").exists()
 
 
+def test_types_that_nobody_tells_are_missed(bundle: Path, tmp_path: Path) -> None:
+    proto = onnx.load(bundle / "onnx" / "down_blocks.0.a32.onnx", load_external_data=False)
+    assert proto.graph.value_info
+    del proto.graph.value_info[:]
+    (tmp_path / "x.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(QlipError, match="does not tell the types"):
+        load(tmp_path / "x.onnx")
+
+
 def test_weights_stay_where_they_are(bundle: Path) -> None:
     model = load(bundle / "onnx" / "stem.a32.onnx")
     external = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
