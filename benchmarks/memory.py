@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="*", help="of each kind; 2 4 8 for FLUX")
     parser.add_argument("--whole", action="store_true", help="all blocks, and text encoders as they are")
     chosen = parser.parse_args()
+    if chosen.whole and chosen.blocks is not None:
+        parser.error("--whole has all blocks: leave --blocks out")
     curve = chosen.model.startswith("flux") and not chosen.whole
     counts = chosen.blocks or ([2, 4, 8] if curve else [None])
     rows = []

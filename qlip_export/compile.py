@@ -140,7 +140,7 @@ def compile_target(
     # The key of an ONNX file covers its weights as well, which its own bytes do not.
     keys = {onnx: content_key(compiler, manifest.files[onnx].key, *_varying(onnx, plan)) for onnx in jobs}
     missing = tuple(onnx for onnx in jobs if not workspace.has(jobs[onnx], keys[onnx]))
-    check_preflight(preflight(manifest, backend, missing, workspace.out.parent), progress)
+    check_preflight(preflight(manifest, backend, missing, workspace.out.parent, source), progress)
     progress.stage("compile", len(jobs))
     engines = {}
     for onnx, container in manifest.containers.items():
@@ -187,10 +187,17 @@ def _varying(onnx: str, plan: ProfilePlan | None) -> list[JsonValue]:
     return [key_of(plan.engines[onnx]), [sha256_of(path) for path in passes]]
 
 
-def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], folder: Path) -> Preflight:
+def preflight(
+    manifest: Manifest,
+    backend: Backend,
+    missing: tuple[str, ...],
+    folder: Path,
+    source: Callable[[str], Path],
+) -> Preflight:
     """Return what compiling ``missing`` takes; ``folder`` is on the disk that the bundle is on."""
     can = backend.capabilities
-    sizes = [_engine_bytes(manifest, onnx, can) for onnx in missing]
+    weights = {onnx: _weights(manifest, onnx, source) for onnx in missing}
+    sizes = [_engine_bytes(manifest, onnx, can, weights[onnx]) for onnx in missing]
     return Preflight(
         backend=backend.name,
         device=can.device,
@@ -198,7 +205,7 @@ def preflight(manifest: Manifest, backend: Backend, missing: tuple[str, ...], fo
         there=len(manifest.containers) - len(missing),
         need=sum(sizes) + max(sizes, default=0),
         free=shutil.disk_usage(folder).free,
-        memory=MEMORY_BASE + MEMORY_WEIGHT * max((_weights(manifest, onnx) for onnx in missing), default=0),
+        memory=MEMORY_BASE + MEMORY_WEIGHT * max(weights.values(), default=0),
         available=available_memory_bytes(),
     )
 
@@ -232,16 +239,18 @@ def check_preflight(found: Preflight, progress: Progress) -> None:
     progress.note(f"{found.backend} for {found.device}: {engines}{room}")
 
 
-def _weights(manifest: Manifest, onnx: str) -> int:
-    """Return how many weights the engine of an ONNX file has."""
-    for block in manifest.blocks:
+def _weights(manifest: Manifest, onnx: str, source: Callable[[str], Path]) -> int:
+    """Return how many weights the engine of an ONNX file has, in whatever type they are stored."""
+    for block in (block for size in manifest.sizes for block in size.blocks):
         if any(variant.onnx == onnx for variant in block.variants.values()):
             return sum(layer.weights for layer in block.layers)
-    weights_file = manifest.files.get(onnx.removesuffix(".onnx") + ".weights.bin")
-    return weights_file.size // Container.FLOAT.nbytes if weights_file else 0
+    import onnx_ir as ir
+
+    constants = [value.const_value for value in ir.load(source(onnx)).graph.initializers.values()]
+    return sum(int(constant.size) for constant in constants if isinstance(constant, ir.ExternalTensor))
 
 
-def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:
+def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities, weights: int) -> int:
     """Return roughly what the engine of an ONNX file takes."""
     for block in (block for size in manifest.sizes for block in size.blocks):
         for name, variant in block.variants.items():
@@ -251,9 +260,5 @@ def _engine_bytes(manifest: Manifest, onnx: str, can: Capabilities) -> int:
                 layers = [(e, container_of(next(bits)) if e.quantized else wide) for e in block.layers]
                 size = can.engine_bytes(layers, manifest.quantization.weight_bits)
                 return manifest.files[onnx].size + size
-    part = Path(onnx).name.partition(".")[0]  # further sizes stand behind the name
-    weights_file = manifest.files.get(f"onnx/{part}.weights.bin")
-    weights = weights_file.size if weights_file else 0
-    encoders = (encoder for view in manifest.sizes for encoder in view.text_encoders)
-    parts = next((len(encoder.graphs) for encoder in encoders if onnx in encoder.graphs), 1)
-    return can.overhead + manifest.files[onnx].size + weights // parts
+    # Text encoders, VAE and policy compute in FP32, whatever their weights are stored in.
+    return can.overhead + manifest.files[onnx].size + weights * Container.FLOAT.nbytes

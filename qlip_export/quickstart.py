@@ -12,7 +12,7 @@ from qlip_export.files import explained_os_errors, written_aside
 from qlip_export.progress import Progress
 from qlip_export.prompts import EMOJI_PROMPTS as PROMPTS
 from qlip_export.runtime import Generation, TextToImage
-from qlip_export.validate import ValidationReport, validate
+from qlip_export.validate import ValidationReport, require_libraries, validate
 
 STYLED = PROMPTS[3]
 """Validated with: a prompt that leaves the style open may fall into another one by the last bit of a sum."""
@@ -36,8 +36,10 @@ def quickstart(folder: Path, progress: Progress) -> QuickstartReport:
         progress: Display.
 
     Raises:
-        QlipError: The folder cannot be written, or anything that `build` raises.
+        QlipError: A library that validation needs is missing, the folder cannot be written, or anything that
+            `build` raises.
     """
+    require_libraries()  # refused before minutes of building
     bundle = folder / "emoji"
     built = build(BuildOptions(model="emoji"), bundle, progress)
     pipeline = TextToImage.load(bundle)

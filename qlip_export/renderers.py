@@ -52,7 +52,7 @@ class Renderer(ABC):
 
 
 class EngineRenderer(Renderer):
-    """The engines of the bundle, in its first size if it has several.
+    """The engines of the bundle, in the size of `bundle`.
 
     Attributes:
         batch_size: That of the engines.

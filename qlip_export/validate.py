@@ -117,6 +117,26 @@ class ValidationReport(Frozen):
     passed: bool = Field(description="in all sizes")
 
 
+def missing_libraries() -> list[str]:
+    """Return what validation needs and is not installed."""
+    needed = {"onnxruntime": "ONNX Runtime", "polygraphy": "polygraphy"}
+    return [told for name, told in needed.items() if find_spec(name) is None]
+
+
+def require_libraries() -> None:
+    """Make sure that nothing is missing.
+
+    Raises:
+        QlipError: ONNX Runtime or polygraphy is not installed.
+    """
+    if missing := missing_libraries():
+        raise QlipError(
+            "validation needs ONNX Runtime and polygraphy",
+            found=f"no {' and no '.join(missing)}",
+            fix='pip install "qlip-export[validate]"',
+        )
+
+
 def validate(
     path: str | os.PathLike[str],
     *,
@@ -142,10 +162,7 @@ def validate(
         QlipError: The bundle is damaged, no engines of it run here, or ONNX Runtime or polygraphy is not
             installed.
     """
-    if find_spec("onnxruntime") is None or find_spec("polygraphy") is None:
-        raise QlipError(
-            "validation needs ONNX Runtime and polygraphy", fix='pip install "qlip-export[validate]"'
-        )
+    require_libraries()
     bundle = Bundle.open(path)
     target = choose_target(bundle, backend)  # refused before gigabytes are hashed
     progress.stage("check", len(bundle.manifest.files))

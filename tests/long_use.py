@@ -1,10 +1,13 @@
-"""Generate with changing prompts and budgets, and tell what the process takes: `python -m tests.long_use`.
+"""Generate with changing prompts and budgets, and tell what the process takes.
+
+python -m tests.long_use engines/emoji 500 50 1     # 500 generations, told of every 50, by one user
 
 A process of its own has the run time in it and nothing else: beside torch, three per cent are 20 MB.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -80,4 +83,10 @@ def generate_often(bundle: Path, count: int, settled: int, users: int, threads: 
 
 
 if __name__ == "__main__":
-    print(json.dumps(generate_often(Path(sys.argv[1]), *map(int, sys.argv[2:]))))
+    parser = argparse.ArgumentParser(prog="python -m tests.long_use")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("count", type=int, help="generations of all users together")
+    parser.add_argument("settled", type=int, help="generations between two measurements")
+    parser.add_argument("users", type=int, help="threads, each with a pipeline of its own")
+    parser.add_argument("threads", type=int, nargs="?", default=1, help="of an engine; 0: the machine's own")
+    print(json.dumps(generate_often(**vars(parser.parse_args()))))

@@ -343,8 +343,9 @@ def test_preflight_is_an_upper_bound_of_the_engines(
     from qlip_export.compile import check_preflight, preflight
 
     for backend in (OpenVINOBackend(threads=1), OnnxRuntimeBackend(threads=1)):
-        manifest = Bundle.open(exported).manifest
-        found = preflight(manifest, backend, tuple(manifest.containers), both)
+        bundle = Bundle.open(exported)
+        manifest = bundle.manifest
+        found = preflight(manifest, backend, tuple(manifest.containers), both, bundle.file)
         check_preflight(found, Plain())
         assert (
             f"{backend.name} for {backend.capabilities.device}: {ENGINES} engines" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qlip_export.backends.openvino import OpenVINOBackend
 from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
+from qlip_export.compile import MEMORY_BASE, MEMORY_WEIGHT, preflight
 from qlip_export.diffusers_denoiser import DiffusersDenoiser
 from qlip_export.errors import QlipError
 from qlip_export.graph.weights import WeightIndex
@@ -193,6 +196,16 @@ def test_large_text_encoders_become_several_engines(
 
     opened = Bundle.open(shared("flux-in-parts", make))
     assert [len(encoder.graphs) for encoder in opened.manifest.text_encoders] == [2, 2]
+    backend = OpenVINOBackend(threads=1)
+    for encoder in opened.manifest.text_encoders:  # the second's weights are stored in BF16
+        stored = opened.manifest.files[f"onnx/{encoder.name}.weights.bin"]
+        tensors = WeightIndex.model_validate(stored.facts).tensors.values()
+        each = [
+            preflight(opened.manifest, backend, (onnx,), opened.root, opened.file) for onnx in encoder.graphs
+        ]
+        counts = [(found.memory - MEMORY_BASE) // MEMORY_WEIGHT for found in each]
+        assert min(counts) > 0 and sum(counts) == sum(prod(tensor.shape) for tensor in tensors)
+        assert all(found.need > 2 * 4 * count for found, count in zip(each, counts, strict=True))
     weights = [path for path in opened.manifest.files if path.endswith(".bin")]
     assert weights == [path for path in Bundle.open(built.bundle).manifest.files if path.endswith(".bin")]
     whole = built.runtime(PROMPT, seed=1, bits=32).images[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,18 @@ def test_report_draws_one_size_and_tells_of_all(sized: Path) -> None:
     assert "All engines agree with their graphs." in page
     for size in SIZES:
         assert f'<th scope="row">{size}</th>' in page
+    # The column of sizes counts engines, images and the policy's decision.
+    parity = data.parity
+    assert parity is not None and parity.policy is not None and parity.images
+    bad = {"passed": False}
+    failed = parity.model_copy(
+        update={
+            **bad,
+            "images": tuple(image.model_copy(update=bad) for image in parity.images),
+            "policy": parity.policy.model_copy(update=bad),
+        }
+    )
+    assert f"{len(parity.images) + 1} off" in render(replace(data, parity=failed))
 
 
 def test_visitors_of_the_demo_choose_the_size(sized: Path) -> None:
@@ -245,3 +259,26 @@ def test_visitors_of_the_demo_choose_the_size(sized: Path) -> None:
     assert studio.pipeline.bundle.manifest.shapes.label == "32x32:2"
     assert before() is None  # engines of two sizes never add up
     assert "no such size: 64 x 64" in draw(1, "64 x 64").status
+
+
+def test_engines_of_a_visitor_who_left_go_before_those_of_another_size(
+    sized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = Studio(TextToImage.load(sized), Limits(images=2), previews=0)
+    work, released = studio._work, threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        work(*arguments)
+        released.wait(30)
+
+    monkeypatch.setattr(studio, "_work", slow)
+    request = studio.draw(PROMPT, "16 bits", 0, 1, "48 x 32")
+    next(request), next(request)
+    before = weakref.ref(studio.pipeline)
+    request.close()  # type: ignore[attr-defined]
+    threading.Timer(0.3, released.set).start()
+    following = studio.draw(PROMPT, "16 bits", 0, 1, "32 x 32")
+    next(following)  # nothing of this size is loaded yet
+    assert released.is_set() and before() is None
+    *_, last = following
+    assert last.images[0].size == (32, 32)

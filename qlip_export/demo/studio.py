@@ -79,6 +79,7 @@ class Studio:
         self.sizes = {f"{width} x {height}": (height, width) for height, width in images}
         uniform = [f"{bits} bits" for bits in pipeline.bundle.uniform]
         self.choices = [ADAPTIVE, *uniform] if manifest.policy else uniform
+        self._workers: list[threading.Thread] = []
         self._schedule = Scheduler(manifest.policy.table, manifest.blocks) if manifest.policy else None
 
     def draw(
@@ -131,7 +132,11 @@ class Studio:
         if size not in self.sizes:
             raise QlipError(f"no such size: {size}", expected=" or ".join(self.sizes))
         height, width = self.sizes[size]
-        self.pipeline = self.pipeline.at(height=height, width=width, images=count)
+        other = self.pipeline.at(height=height, width=width, images=count)
+        if other is not self.pipeline:
+            for worker in self._workers:
+                worker.join()  # one whose visitor has left holds the engines until its step ends
+        self.pipeline = other
 
     def _watched(self, run: _Run, prompt: str, bits: int | None, seed: int, count: int) -> Iterator[View]:
         manifest = self.pipeline.bundle.manifest
@@ -141,6 +146,7 @@ class Studio:
         yield told
         work = (run, self.pipeline, prompt, bits, seed, count)
         worker = threading.Thread(target=self._work, args=work, daemon=True)
+        self._workers = [*(each for each in self._workers if each.is_alive()), worker]
         worker.start()
         images: tuple[Image.Image, ...] = ()
         while True:

@@ -146,17 +146,17 @@ def collect(path: str | os.PathLike[str], options: ReportOptions, progress: Prog
     engines = time_engines(pipeline, progress)
     sizes = [step_of(pipeline, engines)]
     sizes += [step_of(other, time_engines(other, progress)) for other in other_sizes(pipeline)]
+    from qlip_export.validate import missing_libraries, validate
+
     parity = None
     if not options.parity:
         notes.append("Engines were not compared with their graphs: --no-parity.")
-    elif find_spec("onnxruntime") is None:
+    elif missing := missing_libraries():
         notes.append(
-            "Engines were not compared with their graphs: ONNX Runtime is not installed "
+            f"Engines were not compared with their graphs: not installed: {', '.join(missing)} "
             '(pip install "qlip-export[validate]").'
         )
     else:
-        from qlip_export.validate import validate
-
         parity = validate(
             path, prompt=shown[0], seed=options.seed, model=None, progress=progress, backend=options.backend
         )

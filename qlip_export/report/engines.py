@@ -57,7 +57,7 @@ def time_engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, 
 
 
 def other_sizes(pipeline: TextToImage) -> Iterator[TextToImage]:
-    """Yield the bundle's further sizes one by one, so that no two of them have engines loaded."""
+    """Yield the bundle's further sizes one by one: engines of only one stand beside those of the first."""
     for size in Bundle.open(pipeline.bundle.root).manifest.sizes:
         if size.shapes != pipeline.bundle.manifest.shapes and pipeline.target.name in size.targets:
             height, width = size.shapes.image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,6 +20,9 @@ from qlip_export.report import charts
 from qlip_export.report.collect import ReportData, median_seconds
 from qlip_export.report.engines import TIMING_REPEATS
 from qlip_export.spec import Frozen
+
+if TYPE_CHECKING:
+    from qlip_export.validate import ValidationReport
 
 MOST = 10_000_000
 """Bytes of a page that mail and browsers take without complaint."""
@@ -104,10 +108,16 @@ def render(data: ReportData, quality: int | None = None) -> str:
         memory=account(manifest),
         timing_repeats=TIMING_REPEATS,
         parity=next((found for found in compared if found.size == label), data.parity),
-        off={found.size: sum(not row.passed for row in found.rows) for found in compared},
+        off={found.size: _failed(found) for found in compared},
         picture=lambda image: _data_url(image, quality),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def _failed(found: ValidationReport) -> int:
+    """Return how many comparisons of one size failed: engines, images and the policy's decision."""
+    passed = [each.passed for each in found.rows] + [each.passed for each in found.images]
+    return (*passed, found.policy is None or found.policy.passed).count(False)
 
 
 def _average_fab(data: ReportData) -> dict[str, float]:

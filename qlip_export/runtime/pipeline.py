@@ -215,7 +215,7 @@ class TextToImage:
             raise QlipError(
                 "a memory budget is for memory of the process",
                 found=f"engines of {self.backend.name}, which take the GPU's",
-                fix="leave the budget out, or choose --backend openvino",
+                fix="leave the budget out, or choose --backend openvino or onnxruntime",
             )
         if budget is not None and previews is not None:
             raise QlipError("previews would load the VAE decoder between steps", fix="drop the memory budget")

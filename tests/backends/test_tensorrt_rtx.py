@@ -88,13 +88,14 @@ def sizes(manifest: Manifest) -> dict[int, int]:
 
 def test_sizes_of_the_emoji_model(emoji_rtx: Path, rtx: Any) -> None:
     """In small blocks kernels count more than weights, and INT8 has more of them: not half a size."""
-    manifest = Bundle.open(emoji_rtx).manifest
+    bundle = Bundle.open(emoji_rtx)
+    manifest = bundle.manifest
     engines = manifest.targets["tensorrt-rtx"].engines
     assert set(engines) == set(manifest.containers) and len(engines) == 28
     size = sizes(manifest)
     assert size[16] < size[8] < 1.4 * size[16]
     assert size[32] < 1.2 * size[16]
-    estimate = preflight(manifest, rtx, tuple(manifest.containers), emoji_rtx)
+    estimate = preflight(manifest, rtx, tuple(manifest.containers), emoji_rtx, bundle.file)
     total = sum(manifest.files[e.path].size for e in engines.values())
     assert total < estimate.need < 2 * total
 

@@ -14,6 +14,7 @@ from qlip_export.bitmap import bit_map, colour
 from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
 from qlip_export.progress import Silent
+from qlip_export.quickstart import quickstart
 from qlip_export.report import page as page_module
 from qlip_export.report.charts import heatmap
 from qlip_export.report.collect import ReportData, ReportOptions, collect
@@ -147,6 +148,20 @@ def test_what_was_not_done_is_said(small: ReportData) -> None:
     assert "Engines were not compared with their graphs: --no-parity." in text
     assert "Not compared." in text
     assert "agree with their graphs." not in text
+
+
+def test_libraries_that_validation_lacks_are_named(
+    adaptive_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report goes without parity; a quickstart is refused before it builds."""
+    monkeypatch.setattr("qlip_export.validate.find_spec", lambda name: None if name == "polygraphy" else name)
+    data = collect(adaptive_bundle, ReportOptions(images=1, reference=False), Silent())
+    assert data.parity is None
+    assert any("not installed: polygraphy (pip" in note for note in data.notes)
+    with pytest.raises(QlipError, match="needs ONNX Runtime and polygraphy") as raised:
+        quickstart(tmp_path / "engines", Silent())
+    assert raised.value.found == "no polygraphy"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_parity_is_shown(adaptive_bundle: Path) -> None:
