@@ -142,6 +142,7 @@ ONNX_MODULES = {
     "export",
     "build",
     "validate",
+    "lazy:compile",
     "lazy:profiles",
     "lazy:renderers",
     "lazy:backends",
