@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -186,10 +189,15 @@ def test_generate_tells_what_it_took(cli: Cli, adaptive_bundle: Path, tmp_path: 
 
 
 @needs_linux
-def test_predicted_and_measured_peaks_agree(adaptive_bundle: Path) -> None:
+def test_predicted_and_measured_peaks_agree(adaptive_bundle: Path, tmp_path: Path) -> None:
+    """Of engines compiled in a process of their own: in this one, torch leaves holes that they fill."""
     from benchmarks.residency import peaks_apart
 
-    rows = peaks_apart(adaptive_bundle, adaptive_bundle, None)
+    bundle = tmp_path / "bundle"
+    shutil.copytree(adaptive_bundle, bundle, ignore=shutil.ignore_patterns("engines"))
+    command = [sys.executable, "-m", "qlip_export", "compile", bundle, "--backend", "openvino", "--no-timing"]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = peaks_apart(bundle, bundle, None)
     told = [
         f"{row['peak'] / 1e6:.1f} MB predicted, {row['measured_peak'] / 1e6:.1f} measured" for row in rows
     ]

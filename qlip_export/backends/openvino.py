@@ -47,7 +47,7 @@ class OpenVINOBackend(Backend):
     """Compiles for and runs on the CPU device."""
 
     name = "openvino"
-    reserve = 4_000_000
+    reserve = 2_500_000
 
     def __init__(self, *, threads: int | None) -> None:
         """Create the OpenVINO core; ``threads`` limits the threads of each engine."""

@@ -210,7 +210,7 @@ def test_engine_that_is_none_is_refused(bundle: Path, tmp_path: Path, backend: O
 def test_graph_that_cannot_be_compiled_is_named(tmp_path: Path, backend: OpenVINOBackend) -> None:
     x = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
     node = ir.node("NoSuchOperator", [x], domain="nowhere")
-    node.outputs[0].name = "y"
+    node.outputs[0].name, node.outputs[0].type = "y", x.type
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21, "nowhere": 1})
     ir.save(ir.Model(graph, ir_version=10), tmp_path / "odd.onnx")
     with pytest.raises(QlipError, match=r"OpenVINO cannot compile odd\.onnx"):
