@@ -9,7 +9,7 @@ is read from the shape of another value of the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ from qlip_export.graph.propagate import (
     Dim,
     Dims,
     NotDynamicError,
+    broadcast,
     fixed,
     is_fixed,
     propagate,
@@ -163,13 +164,30 @@ class _Dynamic:
         rank = max(len(dims or ()) for _, dims in operands)
         leading = [dims[0] for _, dims in operands if dims and len(dims) == rank]
         rows = {dim.extent.at(self.own) for dim in leading if not is_fixed((dim,))}
-        for i, (value, dims) in enumerate(operands):
-            if value.const_value is None or not dims or len(dims) < rank:
-                continue
+        for i, value in enumerate(node.inputs):
+            if len(self.of(value) or ()) == rank:
+                self._share_row(node, i, rows)
+
+    def _share_row(self, node: ir.Node, i: int, rows: Collection[int]) -> None:
+        """Do it for one operand: a constant, or what is computed of constants element by element."""
+        value = node.inputs[i]
+        if value is None or value in self.changed:
+            return
+        if value.const_value is not None:
             numbers = value.const_value.numpy()
             if len(numbers) > 1 and len(numbers) in rows and (numbers == numbers[:1]).all():
                 shared = ir.tensor(numbers[:1], name=f"{node.outputs[0].name}.row.{i}")
                 node.replace_input_with(i, self._register(shared))
+            return
+        made, dims = value.producer(), self.of(value)
+        if made is None or dims is None or made.op_type not in ELEMENTWISE:
+            return
+        for j, operand in enumerate(made.inputs):
+            if len(self.of(operand) or ()) == len(dims):
+                self._share_row(made, j, rows)
+        shared_dims = broadcast(*(self.of(operand) or () for operand in made.inputs))
+        if shared_dims != dims:
+            self.set(value, shared_dims)
 
     def index_within_batch(self, node: ir.Node) -> None:
         """Let a GatherND whose indices begin with the row's own number index within each row instead."""

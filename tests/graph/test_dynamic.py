@@ -201,6 +201,19 @@ def test_expand_repeats_what_does_not_vary_and_constants_give_their_row() -> Non
     np.testing.assert_array_equal(found, np.full((3, 4, 2, 5), 4.0))
 
 
+def test_what_is_computed_of_constants_gives_its_row() -> None:
+    """The mask of a text encoder: chosen by a folded condition that was repeated for the batch."""
+    text = """agraph (float[2,1,6,6] x) => (float[2,1,6,6] y)
+        <bool[2,1,1,1] seen = {1, 1}, float zero = {0.0}, float low = {-9.0}> {
+            mask = Where (seen, zero, low)  y = Add (x, mask)
+        }"""
+    shapes = {"x": tuple(map(Extent.parse, ("batch", "1", "6", "6")))}
+    model = graph(text)
+    make_dynamic(model, shapes, {"batch": 2}, name="some.onnx")
+    found = run(model, {"x": np.ones((3, 1, 6, 6), np.float32)})["y"]
+    np.testing.assert_array_equal(found, np.ones((3, 1, 6, 6)))
+
+
 REFUSED = {
     "a constant of one size": (
         "<float[6] c = {1.0, 1.0, 1.0, 1.0, 1.0, 1.0}> { y = Add (x, c) }",
