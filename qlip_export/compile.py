@@ -138,7 +138,8 @@ def compile_target(
     code = [sha256_of(path) for path in backend.sources]
     compiler = content_key("engine", backend.name, can.version, can.device, can.half, can.options, code)
     # The key of an ONNX file covers its weights as well, which its own bytes do not.
-    keys = {onnx: content_key(compiler, manifest.files[onnx].key, *_varying(onnx, plan)) for onnx in jobs}
+    varying = _varying(plan)
+    keys = {o: content_key(compiler, manifest.files[o].key, *(varying[o] if varying else ())) for o in jobs}
     missing = tuple(onnx for onnx in jobs if not workspace.has(jobs[onnx], keys[onnx]))
     check_preflight(preflight(manifest, backend, missing, workspace.out.parent, source), progress)
     progress.stage("compile", len(jobs))
@@ -179,12 +180,14 @@ def compile_target(
     )
 
 
-def _varying(onnx: str, plan: ProfilePlan | None) -> list[JsonValue]:
-    """Return what a profile adds to the key of an engine: what it makes of this graph, and by which code."""
+def _varying(plan: ProfilePlan | None) -> dict[str, list[JsonValue]]:
+    """Return what a profile adds to the key of each engine: what it makes of the graph, and by which code."""
     if plan is None:
-        return []
-    passes = [Path(__file__).parent / "graph" / name for name in ("dynamic.py", "propagate.py")]
-    return [key_of(plan.engines[onnx]), [sha256_of(path) for path in passes]]
+        return {}
+    code: JsonValue = [
+        sha256_of(Path(__file__).parent / "graph" / name) for name in ("dynamic.py", "propagate.py")
+    ]
+    return {onnx: [key_of(shapes), code] for onnx, shapes in plan.engines.items()}
 
 
 def preflight(

@@ -56,7 +56,6 @@ def save_case(
         QlipError: polygraphy is not installed, or the folder cannot be written.
     """
     try:
-        from polygraphy.comparator import IterationResult, RunResults
         from polygraphy.json import save_json
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
@@ -65,11 +64,7 @@ def save_case(
     with explained_os_errors(folder), G_LOGGER.verbosity(G_LOGGER.ERROR):
         folder.mkdir(parents=True, exist_ok=True)
         save_json([dict(arrays) for arrays in inputs], str(folder / f"{name}.inputs.json"))
-        results = RunResults()
-        results.append(
-            (REFERENCE, [IterationResult(outputs=dict(arrays), runner_name=REFERENCE) for arrays in outputs])
-        )
-        results.save(str(folder / f"{name}.outputs.json"))
+        run_results(REFERENCE, outputs).save(str(folder / f"{name}.outputs.json"))
     sizes = {
         name: float(np.sqrt(np.mean([np.square(o[name], dtype=np.float64) for o in outputs])))
         for name in outputs[0]
@@ -80,6 +75,13 @@ def save_case(
     command += ["--atol", *(f"{output}:{tolerance * size:.3g}" for output, size in sizes.items())]
     command += ["--rtol", f"{tolerance:g}", "--check-error-stat", "mean"]
     return shlex.join(command)
+
+
+def run_results(runner: str, cases: Sequence[Arrays]) -> Any:
+    """Return what a runner made of several cases, as polygraphy's ``RunResults``."""
+    from polygraphy.comparator import IterationResult, RunResults
+
+    return RunResults([(runner, [IterationResult(dict(outputs), runner_name=runner) for outputs in cases])])
 
 
 def for_engine(command: str, engine: Path, *, rtx: bool) -> str:

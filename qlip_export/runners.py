@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
+from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from qlip_export.backends.base import Backend
 from qlip_export.bundle import EngineEntry
 from qlip_export.errors import QlipError
-from qlip_export.parity import Arrays, OutputRow
+from qlip_export.parity import REFERENCE, Arrays, OutputRow, run_results
 
 
 class Graph:
@@ -51,7 +51,7 @@ class Graph:
     def __call__(self, cases: Sequence[Arrays]) -> list[dict[str, NDArray[np.float32]]]:
         """Run the graph on each of ``cases``; what comes out is float32."""
         feeds = [self.feeds(arrays) for arrays in cases]
-        return _run(OnnxrtRunner(self._session, name="reference"), feeds)
+        return _run(OnnxrtRunner(self._session, name=REFERENCE), feeds)
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]  # polygraphy has no types
@@ -111,7 +111,7 @@ def compare(found: Sequence[Arrays], expected: Sequence[Arrays]) -> list[OutputR
     Raises:
         QlipError: What was found is finite, and the reference is not.
     """
-    engine, reference = _results("engine", found), _results("reference", expected)
+    engine, reference = run_results("engine", found), run_results(REFERENCE, expected)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         if not Comparator.validate(engine, check_inf=True, check_nan=True):
             return None
@@ -150,10 +150,6 @@ def _run(runner: Any, feeds: list[dict[str, NDArray[Any]]]) -> list[dict[str, ND
         {name: np.asarray(array, dtype=np.float32) for name, array in outputs.items()}
         for outputs in iterations
     ]
-
-
-def _results(name: str, cases: Sequence[Arrays]) -> RunResults:
-    return RunResults([(name, [IterationResult(dict(outputs), runner_name=name) for outputs in cases])])
 
 
 def _cosine(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 
 from qlip_export.bitmap import bit_map, colour, options_of
-from qlip_export.bundle import Bundle, Manifest
+from qlip_export.bundle import Manifest
 from qlip_export.errors import QlipError
 from qlip_export.runtime import Previews, TextToImage
 from qlip_export.runtime.schedule import Scheduler, block_bits
@@ -74,8 +74,7 @@ class Studio:
         """
         self.pipeline, self.limits, self.previews = pipeline, limits, previews
         manifest = pipeline.bundle.manifest
-        every = (manifest, *Bundle.open(pipeline.bundle.root).manifest.sizes)
-        images = [size.shapes.image for size in every if pipeline.target.name in size.targets]
+        images = [size.shapes.image for size in pipeline.sizes()]
         self.sizes = {f"{width} x {height}": (height, width) for height, width in images}
         uniform = [f"{bits} bits" for bits in pipeline.bundle.uniform]
         self.choices = [ADAPTIVE, *uniform] if manifest.policy else uniform

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 
-from qlip_export.bundle import Bundle
 from qlip_export.progress import Progress
 from qlip_export.runtime import TextToImage
 from qlip_export.spec import Frozen, variant_name
@@ -58,10 +57,9 @@ def time_engines(pipeline: TextToImage, progress: Progress) -> tuple[EngineRow, 
 
 def other_sizes(pipeline: TextToImage) -> Iterator[TextToImage]:
     """Yield the bundle's further sizes one by one: engines of only one stand beside those of the first."""
-    for size in Bundle.open(pipeline.bundle.root).manifest.sizes:
-        if size.shapes != pipeline.bundle.manifest.shapes and pipeline.target.name in size.targets:
-            height, width = size.shapes.image
-            yield pipeline.at(height=height, width=width, batch_size=size.shapes.batch_size)
+    for size in pipeline.sizes()[1:]:
+        height, width = size.shapes.image
+        yield pipeline.at(height=height, width=width, batch_size=size.shapes.batch_size)
 
 
 def step_of(pipeline: TextToImage, engines: Sequence[EngineRow]) -> SizeRow:

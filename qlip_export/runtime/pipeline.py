@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qlip_export.bundle import Bundle
+from qlip_export.bundle import Bundle, Manifest
 from qlip_export.errors import NotFiniteError, QlipError
 from qlip_export.noise import seeded_noise
 from qlip_export.runtime.budget import parse_budget
@@ -152,6 +152,12 @@ class TextToImage:
             return self
         entry = bundle.manifest.targets[self.target.name]
         return TextToImage(bundle, replace(self.target, entry=entry))
+
+    def sizes(self) -> list[Manifest]:
+        """Return the sizes of the bundle that its target runs, each as a manifest; its own first."""
+        own = self.bundle.manifest
+        every = Bundle.open(self.bundle.root).manifest.sizes
+        return [own, *(s for s in every if s.shapes != own.shapes and self.target.name in s.targets)]
 
     def __call__(
         self,
