@@ -30,7 +30,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 }
 """Name, which is also that of the module, and the shapes it makes sense for."""
 
-ON_REQUEST: dict[str, tuple[str, ...]] = {"cuda": SHAPES}
+ON_REQUEST: dict[str, tuple[str, ...]] = {"cuda": SHAPES, "calibration": SHAPES}
 """Those that need a device which most machines lack."""
 
 

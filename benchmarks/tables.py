@@ -21,7 +21,8 @@ SHAPE_NAMES = {
 
 CUDA_PAGE = PAGE.with_name("benchmarks-cuda.md")
 CUDA_NOTES = NOTES.with_name("notes-cuda.md")
-"""The same for the benchmark that needs a GPU: another machine, hence another page."""
+"""The same for the benchmarks that need a GPU: another machine, hence another page."""
+ON_A_GPU = ("cuda", "calibration")
 
 
 def write() -> None:
@@ -45,7 +46,7 @@ def tables(name: str) -> str:
     """Return the tables of one benchmark, one for each shape that was measured."""
     if name == "machine":
         records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-        return _machine([r for r in records if r["benchmark"] != "cuda"])
+        return _machine([r for r in records if r["benchmark"] not in ON_A_GPU])
     paths = [path for s in SHAPES if (path := RESULTS / f"{name}-{s}.json").is_file()]
     records = [json.loads(path.read_text()) for path in paths]
     return "\n\n".join(_titled(r, RENDERERS[name](r["result"])) for r in records) or "not measured yet"
@@ -56,7 +57,8 @@ def _titled(record: dict[str, Any], rendered: str) -> str:
     if record["shape"] == "emoji" and not record["trained"]:
         shape += ", random weights of the same architecture"
     quick = ", a quick run" if record["quick"] else ""
-    when = f"{record['machine']['date']}, load before {record['machine']['load_before']:.1f}{quick}"
+    load = record["machine"]["load_before"]
+    when = f"{record['machine']['date']}, load before {'not kept' if load is None else f'{load:.1f}'}{quick}"
     return f"**{shape}** · `{record['command']}` · {when}\n\n{rendered}"
 
 
@@ -198,6 +200,32 @@ def _cuda(result: dict[str, Any]) -> str:
     return f"{result['gpu']}; {result['blocks']} blocks.\n\n{table(head, rows)}"
 
 
+def _calibration(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        if row["stage"] == "weights":
+            pace = (
+                f"{row['seconds_per_block']:.2f} s a block, {1e3 * row['seconds_per_sample']:.1f} ms a sample, "
+                f"{1e3 * row['seconds_per_iteration']:.0f} ms an iteration"
+            )
+        elif row["stage"] == "q2b":
+            pace = f"{row['seconds_per_iteration']:.2f} s an iteration"
+        else:
+            pace = f"{row['seconds_per_image']:.3f} s an image of {result['steps']} steps"
+        limit = f"{row['limit_bytes'] / 1e9:.0f} GB" if row["limit_bytes"] else "all"
+        rows.append(
+            [
+                f"`{row['stage']}`, `--batch-size {row['at_once']}`",
+                pace,
+                f"{row['gpu_bytes'] / 1e9:.1f} GB",
+                f"{row['reserved_bytes'] / 1e9:.1f} GB of {limit}",
+            ]
+        )
+    whole = ", ".join(f"`{stage}` {seconds / 60:.0f} min" for stage, seconds in result["whole"].items())
+    head = ["", "pace", "most in use", "most taken from the GPU"]
+    return f"{result['gpu']}.\n\n{table(head, rows)}\n\nAt the stages' own sizes, by these paces: {whole}."
+
+
 def _planning(result: dict[str, Any]) -> str:
     seconds, size = result["seconds_target"], result["bytes_target"]
     rows = []
@@ -260,5 +288,6 @@ RENDERERS = {
     "build": _build,
     "planning": _planning,
     "cuda": _cuda,
+    "calibration": _calibration,
     "residency": _residency,
 }

@@ -139,7 +139,6 @@ class Simulator:
         for part in (self.denoiser, self.pipeline.vae, *encoders):
             part.requires_grad_(False).eval().to(self.device)
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
             self.denoiser.to(dtype=torch.float16, memory_format=torch.channels_last)
         self.all_layers = tuple(layers_of(self.denoiser))

@@ -165,8 +165,9 @@ def validate(
     require_libraries()
     bundle = Bundle.open(path)
     target = choose_target(bundle, backend)  # refused before gigabytes are hashed
-    progress.stage("check", len(bundle.manifest.files))
-    for name in bundle.manifest.files:
+    used = _files_but_other_engines(bundle, target.name)
+    progress.stage("check", len(used))
+    for name in used:
         progress.item(name)
         bundle.file(name)
     first, *others = (
@@ -176,6 +177,17 @@ def validate(
     )
     passed = all(report.passed for report in (first, *others))
     return first.model_copy(update={"other_sizes": tuple(others), "passed": passed})
+
+
+def _files_but_other_engines(bundle: Bundle, target: str) -> list[str]:
+    """Return the bundle's files; engines of other targets need not have come along to this machine."""
+    others = {
+        engine.path
+        for name, entry in bundle.manifest.targets.items()
+        if name != target
+        for engine in entry.engines.values()
+    }
+    return [name for name in bundle.manifest.files if name not in others]
 
 
 def _validate(

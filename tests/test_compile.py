@@ -176,6 +176,16 @@ def test_validate_compares_the_engines_it_is_told(cli: Cli, both: Path, tmp_path
     assert [(r["block"], r["bits"]) for r in report["rows"] if not r["passed"]] == [("out", 16)]
 
 
+def test_validate_needs_no_engines_of_other_targets(cli: Cli, both: Path, tmp_path: Path) -> None:
+    """A device is given what it runs, and no more."""
+    sent = tamper.copy_of(both, tmp_path)
+    shutil.rmtree(sent / "engines" / "openvino")
+    assert cli("validate", sent, "--backend", "onnxruntime").code == 0
+    refused = cli("validate", sent, "--backend", "openvino")
+    assert refused.code == 2
+    assert "engines/openvino" in refused.err and "is missing" in refused.err
+
+
 def test_inspect_shows_every_target(cli: Cli, both: Path) -> None:
     shown = cli("inspect", both).out
     assert "engines: openvino " in shown and "engines: onnxruntime " in shown

@@ -167,6 +167,7 @@ class Subject:
             target_fab=recipe.fab,
             iterations=recipe.iterations,
             batch=recipe.batch,
+            at_once=recipe.batch,
             seed=recipe.seed,
         )
         prompts = read_prompts(self.calibration / "prompts.txt")[: recipe.prompts]

@@ -47,6 +47,7 @@ class Plan:
         target_fab: Mean bits over layers and steps to aim for.
         iterations: Steps of Adam.
         batch: Prompts and timesteps of a step.
+        at_once: Of these, how many run together, as many as the device holds; their gradients add up.
         seed: Of the batches.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     target_fab: float | None
     iterations: int
     batch: int
+    at_once: int
     seed: int
 
 
@@ -128,20 +130,29 @@ def train_q2b(
 
     def differentiate() -> Tensor:
         """Set the gradients for the batch; return its FAB and its error."""
-        choice, probability = q2b(qualities[prompt], group_of_step[step], step < plan.forced_steps)
+        optimizer.zero_grad(set_to_none=False)
+        found = torch.zeros(2, device=device)
+        for part in range(0, plan.batch, plan.at_once):
+            found += differentiate_part(slice(part, min(part + plan.at_once, plan.batch)))
+        return found
+
+    def differentiate_part(part: slice) -> Tensor:
+        """Add a part's gradients; return its share of the batch's FAB and error."""
+        row, at = prompt[part], step[part]
+        choice, probability = q2b(qualities[row], group_of_step[at], at < plan.forced_steps)
         _choose(simulator, choice, plan.unit_of_layer, grids)
         prediction = simulator.guided(
-            trajectories.inputs[prompt, step],
-            trajectories.timesteps[step],
-            trajectories.both_states(prompt),
+            trajectories.inputs[row, at],
+            trajectories.timesteps[at],
+            trajectories.both_states(row),
             trajectories.guidance,
         )
-        error = (prediction - trajectories.predictions[prompt, step].float()).square().flatten(1)
+        error = (prediction - trajectories.predictions[row, at].float()).square().flatten(1)
         cost = (probability * costs).sum((1, 2)).mean()
-        optimizer.zero_grad(set_to_none=False)
-        (LOSS_SCALE * (error.sum(1).mean() + cost_weight * cost)).backward()
+        share = len(row) / plan.batch
+        (share * LOSS_SCALE * (error.sum(1).mean() + cost_weight * cost)).backward()
         fab = bits[choice.detach().argmax(-1)][:, layer_units].mean()
-        return torch.stack([fab, error.detach().mean()])
+        return share * torch.stack([fab, error.detach().mean()])
 
     run = recorded(differentiate, device)
     for _ in range(plan.iterations):

@@ -39,7 +39,7 @@ class CalibrateOptions(Frozen):
     height: int | None = Field(None, ge=1, description="of the images, pixels; the model's own if absent")
     width: int | None = Field(None, ge=1, description="the same")
     seed: int = Field(0, ge=0)
-    batch_size: int = Field(32, ge=1, description="images drawn at a time")
+    batch_size: int = Field(32, ge=1, description="images drawn, or trained on, at a time")
     limit: int | None = Field(None, ge=1, description="prompts of each stage at most")
     iterations: int | None = Field(None, ge=1, description="of the weights and q2b stages")
     groups: int = Field(5, ge=1)

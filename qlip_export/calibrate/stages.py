@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from qlip_export.bundle import Bundle
+from qlip_export.calibrate import drawings
 from qlip_export.calibrate.bits import LAMBDA_BIT, LEARNING_RATE, TRAINER, Plan, bit_costs, train_q2b
 from qlip_export.calibrate.latency import latency_costs, measure_latencies, read_latencies
 from qlip_export.calibrate.options import STAGES, CalibrateOptions, CalibrationReport, Stage
@@ -120,7 +121,10 @@ class Calibration:
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            files[name] = str(stages[name]())
+            try:
+                files[name] = str(stages[name]())
+            except torch.OutOfMemoryError as error:
+                raise self._too_large(name) from error
             seconds[name] = round(time.monotonic() - started, 1)
             if gpu:
                 memory[name] = torch.cuda.max_memory_allocated()
@@ -132,6 +136,16 @@ class Calibration:
             seconds=seconds,
             gpu_bytes=memory,
             measured={k: round(v, 6) for k, v in self._measured.items()},
+        )
+
+    def _too_large(self, stage: Stage) -> QlipError:
+        size = self._options.batch_size
+        free, total = torch.cuda.mem_get_info()
+        fewer = f"--batch-size {size // 2}: results do not depend on it" if size > 1 else "a GPU with more"
+        return QlipError(
+            f"the GPU has too little memory for {stage} with --batch-size {size}",
+            found=f"{total / 1e9:.0f} GB in all, {free / 1e9:.1f} GB free now",
+            fix=f"{fewer}; stages that are done and images that were drawn are kept",
         )
 
     def _check(self) -> None:
@@ -242,6 +256,7 @@ class Calibration:
             samples=samples,
             iterations=options.iterations or SIZES.weight_iterations,
             batch=min(SIZES.weight_batch, samples),
+            at_once=options.batch_size,
             seed=options.seed,
             on_block=self._progress.item,
         )
@@ -378,6 +393,7 @@ class Calibration:
             target_fab=options.target_fab,
             iterations=iterations,
             batch=batch,
+            at_once=options.batch_size,
             seed=options.seed,
         )
         trajectories = self.record(self.simulator(), prompts)
@@ -477,37 +493,36 @@ class Calibration:
             self._scheduler,
             self._guidance,
             options.seed,
+            self._size,
         )
         # Images drawn for another criterion will do, if that needed features or this one does not.
         path = self._folder / ".cache" / f"drawn-{key}.safetensors"
         plain = self._folder / ".cache" / f"complexity-{key}.safetensors"
         for kept in (path,) if judged else (path, plain):
-            if kept.is_file():
-                from safetensors.numpy import load_file
-
-                try:
-                    found = load_file(kept)
-                    return Drawn(found["features"], found["complexity"])
-                except safetensors.SafetensorError:
-                    kept.unlink()  # an interrupted copy; drawing again mends it
+            if (found := drawings.read(kept)) is not None:
+                return found
+        path = path if judged else plain
         extractor = FeatureExtractor(self._checkpoint.folder, device=options.device) if judged else None
-        self._progress.stage("draw", -(-len(prompts) // options.batch_size))
-        drawn = draw(
-            simulator,
-            prompts,
-            lambda images: (
-                torch.from_numpy(extractor(images)["embedding"]) if extractor else torch.empty(len(images), 0)
-            ),
-            guidance=self._guidance,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            on_images=lambda _: self._progress.item(""),
-        )
-        from safetensors.numpy import save_file
+        missing = [part for part, file in drawings.parts(len(prompts), path) if not file.is_file()]
+        counts = [len(prompts[part]) for part in missing]
+        self._progress.stage("draw", sum(-(-count // options.batch_size) for count in counts))
 
-        with written_aside(path if judged else plain) as aside:
-            save_file({k: np.ascontiguousarray(v) for k, v in vars(drawn).items()}, aside)
-        return drawn
+        def draw_part(part: slice) -> Drawn:
+            return draw(
+                simulator,
+                prompts[part],
+                lambda images: (
+                    torch.from_numpy(extractor(images)["embedding"])
+                    if extractor
+                    else torch.empty(len(images), 0)
+                ),
+                guidance=self._guidance,
+                seed=options.seed + part.start,
+                batch_size=options.batch_size,
+                on_images=lambda _: self._progress.item(""),
+            )
+
+        return drawings.drawn_in_parts(len(prompts), path, draw_part)
 
     @cached_property
     def _reference(self) -> NDArray[np.float32] | None:

@@ -8,6 +8,7 @@ each come through the already quantized blocks before it (Nagel et al. 2020, equ
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,7 @@ def learn_rounding(
     samples: int,
     iterations: int,
     batch: int,
+    at_once: int,
     seed: int,
     on_block: Callable[[str], None] = lambda _: None,
 ) -> Rounded:
@@ -82,6 +84,7 @@ def learn_rounding(
         samples: Denoiser inputs to sample, half of them with the empty prompt.
         iterations: Steps of Adam for each block.
         batch: Samples of a step.
+        at_once: Samples that run together, as many as the device holds; gradients of a step add up.
         seed: Of the choice of samples and batches.
         on_block: Called with the name of each block before it is learned.
     """
@@ -93,7 +96,7 @@ def learn_rounding(
     quantized = copy.deepcopy(reference)
     latents, timesteps, states = _sample_inputs(trajectories, samples)
     model_inputs = [latents, timesteps, *simulator.inputs(states, trajectories.guidance)]
-    calls = {id(model): simulator.callable(model) for model in (reference, quantized)}
+    whole_reference, whole_quantized = simulator.callable(reference), simulator.callable(quantized)
     names = {id(module): name for name, module in layers_of(quantized).items()}
     up: dict[str, NDArray[np.bool_]] = {}
     scale: dict[str, NDArray[np.float32]] = {}
@@ -108,16 +111,16 @@ def learn_rounding(
     for name in blocks_of(simulator):
         on_block(name)
         block = quantized.get_submodule(name)
-        targets = _collect(reference, calls[id(reference)], name, model_inputs, batch, outputs=True)
-        inputs = _collect(quantized, calls[id(quantized)], name, model_inputs, batch, outputs=False)
+        targets = _targets_of(reference.get_submodule(name), whole_reference, model_inputs, at_once)
+        inputs = _calls_of(block, whole_quantized, model_inputs, at_once)
         inside = {f"{n}.weight" if n else "weight": m for n, m in block.named_modules() if id(m) in names}
         learned = {
             key: _Rounding(names[id(m)], weights(names[id(m)]).to(m.weight.device), bits)
             for key, m in inside.items()
         }
-        nearest = _error(block, {k: r.nearest() for k, r in learned.items()}, inputs, targets, batch)
-        _learn(block, learned, inputs, targets, iterations, batch)
-        after = _error(block, {k: r.hard() for k, r in learned.items()}, inputs, targets, batch)
+        nearest = _error(block, {k: r.nearest() for k, r in learned.items()}, inputs, targets, at_once)
+        _learn(block, learned, inputs, targets, iterations, batch, at_once)
+        after = _error(block, {k: r.hard() for k, r in learned.items()}, inputs, targets, at_once)
         errors.append((nearest, after))
         for key, module in inside.items():
             rounding, layer = learned[key], names[id(module)]
@@ -206,12 +209,33 @@ class _Rounding(nn.Module):
         return self.weight(self.nearest_up().float())
 
 
+class _Stack:
+    """Rows of many calls in one FP16 tensor, there from the first on: joining them would hold all twice."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._filled = count, 0
+        self.values = torch.empty(0)
+
+    def add(self, rows: Tensor) -> None:
+        if not self._filled:
+            self.values = rows.new_empty(self._count, *rows.shape[1:], dtype=torch.float16)
+        self.values[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+
+
 @dataclass(frozen=True)
 class _Calls:
-    """Tensor arguments of many calls of a block, stacked, and how to put one together."""
+    """Many calls of a block: its arguments, tensors stacked; all else is alike and taken from the first."""
 
-    tensors: list[Tensor]
-    rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+    positional: int
+    names: tuple[str, ...]
+    values: list[Any]
+
+    def at(self, index: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of one call over the samples of ``index``, float32."""
+        values = [v.values[index].float() if isinstance(v, _Stack) else v for v in self.values]
+        named = zip(self.names, values[self.positional :], strict=True)
+        return tuple(values[: self.positional]), dict(named)
 
 
 def _sample_inputs(trajectories: Trajectories, samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,67 +252,56 @@ def _sample_inputs(trajectories: Trajectories, samples: int) -> tuple[Tensor, Te
     return trajectories.inputs[prompt, step], trajectories.timesteps[step], states
 
 
-def _batches(count: int, batch: int) -> Iterator[slice]:
-    return (slice(start, start + batch) for start in range(0, count, batch))
+def _parts(count: int, at_once: int) -> Iterator[slice]:
+    return (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error
     pass
 
 
-@torch.no_grad()
-def _collect(
-    model: nn.Module,
-    called: nn.Module,
-    name: str,
-    model_inputs: Sequence[Tensor],
-    batch: int,
-    *,
-    outputs: bool,
-) -> Any:
-    """Run ``model`` over its inputs up to a block; return the block's stacked outputs, or its calls."""
-    found: list[Any] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-        raise _Reached
+def _targets_of(block: nn.Module, called: nn.Module, model_inputs: Sequence[Tensor], at_once: int) -> Tensor:
+    """Run the model up to and with ``block``; return the outputs of that, float16."""
+    outputs = _Stack(len(model_inputs[0]))
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
-        found.append(_joined(output).half())
+        outputs.add(_joined(output))
         raise _Reached
 
-    module = model.get_submodule(name)
-    handle = (
-        module.register_forward_hook(after)
-        if outputs
-        else module.register_forward_pre_hook(before, with_kwargs=True)
-    )
-    for part in _batches(len(model_inputs[0]), max(batch, 64)):
-        try:
+    with block.register_forward_hook(after):
+        _reach(called, model_inputs, at_once)
+    return outputs.values
+
+
+def _calls_of(block: nn.Module, called: nn.Module, model_inputs: Sequence[Tensor], at_once: int) -> _Calls:
+    """Run the model up to ``block``; return what that is called with."""
+    calls: list[_Calls] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        if not calls:
+            held = [_Stack(len(model_inputs[0])) if isinstance(v, Tensor) else v for v in given]
+            calls.append(_Calls(len(args), tuple(kwargs), held))
+        for stack, value in zip(calls[0].values, given, strict=True):
+            if isinstance(stack, _Stack):
+                stack.add(value)
+        raise _Reached
+
+    with block.register_forward_pre_hook(before, with_kwargs=True):
+        _reach(called, model_inputs, at_once)
+    return calls[0]
+
+
+@torch.no_grad()
+def _reach(called: nn.Module, model_inputs: Sequence[Tensor], at_once: int) -> None:
+    """Run the model over all its inputs, each time until a hook has what it wants."""
+    for part in _parts(len(model_inputs[0]), at_once):
+        with contextlib.suppress(_Reached):
             called(*(t[part].float() for t in model_inputs))
-        except _Reached:
-            continue
-    handle.remove()
-    if outputs:
-        return torch.cat(found)
-    args, kwargs = found[0]
-    # Calls of one block differ in their tensors alone; what is no tensor is taken from the first.
-    positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    keys = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
-    stacked = [torch.cat([call[0][i] for call in found]).half() for i in positions]
-    stacked += [torch.cat([call[1][k] for call in found]).half() for k in keys]
-
-    def rebuild(tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        filled = list(args)
-        for i, tensor in zip(positions, tensors, strict=False):
-            filled[i] = tensor
-        return tuple(filled), {**kwargs, **dict(zip(keys, tensors[len(positions) :], strict=True))}
-
-    return _Calls(stacked, rebuild)
 
 
 def _run(block: nn.Module, weights: dict[str, Tensor], calls: _Calls, index: Any) -> Tensor:
-    args, kwargs = calls.rebuild([t[index].float() for t in calls.tensors])
+    args, kwargs = calls.at(index)
     return _joined(torch.func.functional_call(block, weights, args, kwargs))
 
 
@@ -299,10 +312,12 @@ def _joined(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _error(block: nn.Module, weights: dict[str, Tensor], calls: _Calls, targets: Tensor, batch: int) -> float:
+def _error(
+    block: nn.Module, weights: dict[str, Tensor], calls: _Calls, targets: Tensor, at_once: int
+) -> float:
     """Return the squared error of the block's outputs relative to their energy."""
     error = energy = 0.0
-    for part in _batches(len(targets), max(batch, 64)):
+    for part in _parts(len(targets), at_once):
         wanted = targets[part].float()
         error += float((_run(block, weights, calls, part) - wanted).square().sum())
         energy += float(wanted.square().sum())
@@ -316,6 +331,7 @@ def _learn(
     targets: Tensor,
     iterations: int,
     batch: int,
+    at_once: int,
 ) -> None:
     """Minimise reconstruction error and regularizer with Adam over random batches (equation 24)."""
     device = targets.device
@@ -327,12 +343,20 @@ def _learn(
     def step() -> None:
         index = torch.randint(len(targets), (batch,), device=device)
         shares = {key: rounding.share() for key, rounding in learned.items()}
-        output = _run(block, {k: learned[k].weight(h) for k, h in shares.items()}, calls, index)
-        # Summed over channels, as Q-Diffusion's code does: the regularizer's strength is tuned to that.
-        loss = (output - targets[index].float()).square().sum(1 if output.ndim == 4 else -1).mean()
+        weights = {key: learned[key].weight(share) for key, share in shares.items()}
+        # Parts of the batch add up their gradients here; these go back through the rounding once.
+        leaves = {key: weight.detach().requires_grad_() for key, weight in weights.items()}
+        for part in _parts(batch, at_once):
+            chosen = index[part]
+            output = _run(block, leaves, calls, chosen)
+            # Summed over channels, as Q-Diffusion's code does: the regularizer's strength is tuned to that.
+            error = (output - targets[chosen].float()).square().sum(1 if output.ndim == 4 else -1).mean()
+            (error * (len(chosen) / batch)).backward()
         regularizer = sum((1 - (2 * h - 1).abs().pow(beta)).sum() for h in shares.values())
         optimizer.zero_grad(set_to_none=not cuda)
-        (loss + strength * regularizer).backward()
+        torch.autograd.backward(
+            [strength * regularizer, *weights.values()], [None, *(leaf.grad for leaf in leaves.values())]
+        )
         optimizer.step()
 
     run = recorded(step, device)

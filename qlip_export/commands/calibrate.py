@@ -64,7 +64,9 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of noise, training and random weights.")] = 0,
     groups: Annotated[int, typer.Option(help="Timestep groups of the policy.")] = 5,
     forced_steps: Annotated[int, typer.Option(help="First steps that run as for the best prompt.")] = 2,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at a time.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(help="Images at a time, drawn or trained on: what memory holds.")
+    ] = 32,
     limit: Annotated[
         int | None,
         typer.Option(

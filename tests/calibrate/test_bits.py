@@ -98,6 +98,7 @@ def plan_for(simulator: Any, **changes: Any) -> Plan:
         "seed": 0,
     }
     settings |= changes
+    settings.setdefault("at_once", settings["batch"])
     settings.setdefault("costs", bit_costs(settings["options"], settings["unit_of_layer"], count))
     return Plan(**settings)
 
@@ -176,6 +177,17 @@ def test_training_is_reproducible_and_leaves_no_rounding_behind() -> None:
     assert not torch.equal(first.q2b.offset, trained(simulator, iterations=5, seed=1).q2b.offset)
     x = torch.randn(2, 4)
     assert torch.equal(simulator.denoiser(x), x)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_what_runs_at_once_changes_no_result(at_once: int) -> None:
+    """A part that is smaller than the others counts less."""
+    simulator = toy({"harmless": 0.0, "vital": 1.0}, threshold=0.05)
+    together, apart = (trained(simulator, at_once=n, iterations=20) for n in (6, at_once))
+    for name, value in together.q2b.state_dict().items():
+        torch.testing.assert_close(apart.q2b.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert apart.fab == pytest.approx(together.fab, rel=1e-5)
+    assert apart.error == pytest.approx(together.error, rel=1e-5)
 
 
 def test_progress_hears_of_every_iteration() -> None:

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 pytest.importorskip("sklearn")
 
-from qlip_export.calibrate import stages
+from qlip_export.calibrate import drawings, quality, stages
 from qlip_export.calibrate.bits import TRAINER
 from qlip_export.calibrate.options import CalibrateOptions
 from qlip_export.calibrate.stages import Calibration, Sizes
@@ -281,6 +281,44 @@ def test_an_interrupted_run_goes_on(
     assert found["reused"] == ["ranges", "weights"]
     assert Path(found["files"]["q2b"]).is_file()
     assert set(found["measured"]) == {"srocc", "plcc", "fab", "error", "lambda_bit"}
+
+
+def test_images_drawn_before_a_run_was_cut_are_kept(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the images are those of a run that nothing cut."""
+    monkeypatch.setattr(drawings, "PART", 8)
+    sizes: list[int] = []
+
+    def cut_in_the_second_part(simulator: Any, prompts: list[str], *rest: Any, **named: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError
+        return quality.draw(simulator, prompts, *rest, **named)
+
+    monkeypatch.setattr(stages, "draw", cut_in_the_second_part)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 24 * 10**9))
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    only = {"stages": ("t2q",), "criterion": "complexity"}
+    with pytest.raises(QlipError, match="too little memory for t2q with --batch-size 24") as caught:
+        calibration(towers, resumed, **only).run(Silent())
+    assert "--batch-size 12" in caught.value.fix
+    assert [f.name.split(".")[1] for f in (resumed / ".cache").iterdir()] == ["0"]
+    calibration(towers, resumed, **only | {"batch_size": 12}).run(Silent())
+    calibration(towers, whole, **only).run(Silent())
+    assert sizes == [8, 8, 8, 8, *[8, 8, 8]]
+    (mine,), (theirs,) = (list((f / ".cache").iterdir()) for f in (resumed, whole))
+    assert mine.name == theirs.name
+    found, expected = drawings.read(mine), drawings.read(theirs)
+    assert found is not None and expected is not None
+    np.testing.assert_allclose(found.complexity, expected.complexity, atol=1e-3)
+
+
+def test_images_of_another_size_are_drawn_anew(towers: Path, tmp_path: Path) -> None:
+    only = {"stages": ("t2q",), "criterion": "complexity"}
+    for size in ({}, {"height": 48, "width": 32}):
+        calibration(towers, tmp_path, **only | size).run(Silent())
+    assert len(list((tmp_path / ".cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from qlip_export.quant.weights import round_to_nearest
 from qlip_export.simulate import Simulator
 from tests.quant.test_rounding import RECIPE
 
-SETTINGS: dict[str, Any] = {"bits": 4, "samples": 12, "batch": 8, "seed": 0}
+SETTINGS: dict[str, Any] = {"bits": 4, "samples": 12, "batch": 8, "at_once": 8, "seed": 0}
 
 
 class Spied(weights._Rounding):
@@ -70,6 +70,16 @@ def test_learning_lowers_the_error(rounded: tuple[Rounded, Any]) -> None:
     assert found.error_learned < 0.97 * found.error_nearest
     assert 0 < found.flipped < 0.5
     assert set(found.up) == set(found.scale) and len(found.up) == 151
+
+
+def test_what_runs_at_once_changes_no_result(simulator: Simulator, trajectories: Trajectories) -> None:
+    """The last part of a batch is smaller than the others, and counts less."""
+    together, apart = (
+        learn_rounding(simulator, trajectories, iterations=4, **SETTINGS | {"at_once": n}) for n in (8, 3)
+    )
+    assert apart.error_learned == pytest.approx(together.error_learned, rel=1e-3)
+    for layer, up in together.up.items():
+        assert (apart.up[layer] == up).mean() > 0.999, layer
 
 
 def test_the_first_block_errs_less(
