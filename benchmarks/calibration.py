@@ -28,7 +28,7 @@ from qlip_export.random_weights import assumed_ranges
 from qlip_export.simulate import Simulator
 
 AT_ONCE = {32: None, 8: 24e9}
-"""Images and samples that run together (`--batch-size`), and the bytes of the GPU that PyTorch may take then."""
+"""Images and samples that run together (`--batch-size`), and the bytes of the GPU that PyTorch may take."""
 BATCHES, QUICK_BATCHES = 4, 2
 """Of drawing; the first, in which kernels are chosen and recorded, does not count."""
 ITERATIONS, QUICK_ITERATIONS = 16, 4

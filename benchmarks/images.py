@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,10 @@ from benchmarks import peers
 from benchmarks.bundles import BITS, Subject, prepare
 from benchmarks.peers import Array, Denoiser
 from benchmarks.timing import THREADS, Times, interleave, ratio, summary
+from qlip_export.bundle import BlockEntry
 from qlip_export.runtime import TextToImage
+from qlip_export.runtime.chain import Pattern
+from qlip_export.spec import variant_name
 
 STEPS = 25
 ROUNDS = {"emoji": 15, "bk-sdm-tiny": 5}
@@ -111,8 +114,7 @@ def _images(of: Subject, ours: TextToImage, others: dict[str, Denoiser]) -> dict
         else:
             # Text encoder, sampler and VAE are the bundle's: only the denoiser is what is compared.
             borrowed = TextToImage.load(of.bundle("coarse"), threads=THREADS)
-            borrowed.chain = _PeerChain(peer, len(ours.chain.blocks))  # type: ignore[assignment]
-            borrowed.chain.blocks = ours.chain.blocks
+            borrowed.chain = PeerChain(peer, ours.chain.blocks)  # type: ignore[assignment]
             sides[name] = _our_image(borrowed, BITS[-1])
     return sides
 
@@ -142,16 +144,15 @@ def _diffusers_image(of: Subject, ours: TextToImage, name: str) -> Callable[[], 
     return call
 
 
-class _PeerChain:
+class PeerChain:
     """Stands in for a bundle's chain of engines."""
 
-    def __init__(self, denoiser: Denoiser, blocks: int) -> None:
-        self._denoiser, self._blocks = denoiser, blocks
-        self.blocks: Any = ()
+    def __init__(self, denoiser: Denoiser, blocks: Sequence[BlockEntry]) -> None:
+        self._denoiser, self.blocks = denoiser, blocks
         self._text: Array | None = None
 
-    def uniform(self, bits: int) -> tuple[int, ...]:
-        return (bits,) * self._blocks
+    def uniform(self, bits: int) -> Pattern:
+        return (variant_name(bits),) * len(self.blocks)
 
     def load(self, patterns: Any) -> None:
         pass

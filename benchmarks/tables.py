@@ -204,10 +204,9 @@ def _calibration(result: dict[str, Any]) -> str:
     rows = []
     for row in result["rows"]:
         if row["stage"] == "weights":
-            pace = (
-                f"{row['seconds_per_block']:.2f} s a block, {1e3 * row['seconds_per_sample']:.1f} ms a sample, "
-                f"{1e3 * row['seconds_per_iteration']:.0f} ms an iteration"
-            )
+            sample, iteration = (1e3 * row[f"seconds_per_{what}"] for what in ("sample", "iteration"))
+            pace = f"{sample:.1f} ms a sample, {iteration:.0f} ms an iteration"
+            pace = f"{row['seconds_per_block']:.2f} s a block, {pace}"
         elif row["stage"] == "q2b":
             pace = f"{row['seconds_per_iteration']:.2f} s an iteration"
         else:

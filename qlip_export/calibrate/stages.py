@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from qlip_export.bundle import Bundle
-from qlip_export.calibrate import drawings
+from qlip_export.calibrate import kept
 from qlip_export.calibrate.bits import LAMBDA_BIT, LEARNING_RATE, TRAINER, Plan, bit_costs, train_q2b
 from qlip_export.calibrate.latency import latency_costs, measure_latencies, read_latencies
 from qlip_export.calibrate.options import STAGES, CalibrateOptions, CalibrationReport, Stage
@@ -145,7 +145,7 @@ class Calibration:
         return QlipError(
             f"the GPU has too little memory for {stage} with --batch-size {size}",
             found=f"{total / 1e9:.0f} GB in all, {free / 1e9:.1f} GB free now",
-            fix=f"{fewer}; stages that are done and images that were drawn are kept",
+            fix=f"{fewer}; stages, drawn images and blocks that are done are kept",
         )
 
     def _check(self) -> None:
@@ -249,6 +249,7 @@ class Calibration:
         simulator = self.simulator()
         trajectories = self.record(simulator, prompts)
         self._progress.stage("weights", len(blocks_of(simulator)))
+        blocks = kept.KeptBlocks(self._folder / ".cache" / f"weights-{content_key(settings)}")
         learned = learn_rounding(
             simulator,
             trajectories,
@@ -258,6 +259,7 @@ class Calibration:
             batch=min(SIZES.weight_batch, samples),
             at_once=options.batch_size,
             seed=options.seed,
+            kept=blocks,
             on_block=self._progress.item,
         )
         recipe = RoundingRecipe.model_validate(
@@ -269,6 +271,7 @@ class Calibration:
             }
         )
         LearnedRounding.of(recipe, learned.up, learned.scale).save(path)
+        blocks.remove()
         self._measured |= {"error_nearest": learned.error_nearest, "error_learned": learned.error_learned}
         return path
 
@@ -498,12 +501,12 @@ class Calibration:
         # Images drawn for another criterion will do, if that needed features or this one does not.
         path = self._folder / ".cache" / f"drawn-{key}.safetensors"
         plain = self._folder / ".cache" / f"complexity-{key}.safetensors"
-        for kept in (path,) if judged else (path, plain):
-            if (found := drawings.read(kept)) is not None:
+        for file in (path,) if judged else (path, plain):
+            if (found := kept.read_drawn(file)) is not None:
                 return found
         path = path if judged else plain
         extractor = FeatureExtractor(self._checkpoint.folder, device=options.device) if judged else None
-        missing = [part for part, file in drawings.parts(len(prompts), path) if not file.is_file()]
+        missing = [part for part, file in kept.parts(len(prompts), path) if not file.is_file()]
         counts = [len(prompts[part]) for part in missing]
         self._progress.stage("draw", sum(-(-count // options.batch_size) for count in counts))
 
@@ -522,7 +525,7 @@ class Calibration:
                 on_images=lambda _: self._progress.item(""),
             )
 
-        return drawings.drawn_in_parts(len(prompts), path, draw_part)
+        return kept.drawn_in_parts(len(prompts), path, draw_part)
 
     @cached_property
     def _reference(self) -> NDArray[np.float32] | None:

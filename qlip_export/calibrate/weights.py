@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qlip_export.calibrate.kept import KeptBlocks, LearnedBlock
 from qlip_export.calibrate.trajectories import Trajectories
 from qlip_export.capture import denoiser_family
 from qlip_export.checkpoint import Checkpoint
@@ -73,6 +74,7 @@ def learn_rounding(
     batch: int,
     at_once: int,
     seed: int,
+    kept: KeptBlocks | None = None,
     on_block: Callable[[str], None] = lambda _: None,
 ) -> Rounded:
     """Learn the rounding of every Conv2d and Linear of the denoiser.
@@ -86,6 +88,7 @@ def learn_rounding(
         batch: Samples of a step.
         at_once: Samples that run together, as many as the device holds; gradients of a step add up.
         seed: Of the choice of samples and batches.
+        kept: Where blocks that an earlier run learned are taken from, and others are kept.
         on_block: Called with the name of each block before it is learned.
     """
     import copy
@@ -98,42 +101,39 @@ def learn_rounding(
     model_inputs = [latents, timesteps, *simulator.inputs(states, trajectories.guidance)]
     whole_reference, whole_quantized = simulator.callable(reference), simulator.callable(quantized)
     names = {id(module): name for name, module in layers_of(quantized).items()}
-    up: dict[str, NDArray[np.bool_]] = {}
-    scale: dict[str, NDArray[np.float32]] = {}
-    errors: list[tuple[float, float]] = []
-    flipped = 0
     component = simulator.checkpoint.component(denoiser_family(simulator.checkpoint).denoiser_folder)
 
     def weights(layer: str) -> Tensor:
         # Those of the checkpoint, which the build rounds; on a GPU the denoiser holds them in FP16.
         return torch.from_numpy(component.get(f"{layer}.weight").astype(np.float32))
 
-    for name in blocks_of(simulator):
+    blocks: list[LearnedBlock] = []
+    for index, name in enumerate(blocks_of(simulator)):
         on_block(name)
         block = quantized.get_submodule(name)
-        targets = _targets_of(reference.get_submodule(name), whole_reference, model_inputs, at_once)
-        inputs = _calls_of(block, whole_quantized, model_inputs, at_once)
         inside = {f"{n}.weight" if n else "weight": m for n, m in block.named_modules() if id(m) in names}
-        learned = {
+        roundings = {
             key: _Rounding(names[id(m)], weights(names[id(m)]).to(m.weight.device), bits)
             for key, m in inside.items()
         }
-        nearest = _error(block, {k: r.nearest() for k, r in learned.items()}, inputs, targets, at_once)
-        _learn(block, learned, inputs, targets, iterations, batch, at_once)
-        after = _error(block, {k: r.hard() for k, r in learned.items()}, inputs, targets, at_once)
-        errors.append((nearest, after))
-        for key, module in inside.items():
-            rounding, layer = learned[key], names[id(module)]
-            module.weight.data.copy_(rounding.hard())
-            up[layer], scale[layer] = rounding.up().cpu().numpy(), rounding.scale_array
-            flipped += int((rounding.up() != rounding.nearest_up()).sum())
-    total = sum(a.size for a in up.values())
+        learned = None if kept is None else kept.get(name)
+        if learned is None:
+            torch.manual_seed(seed + index)  # a run that goes on learns what one that nothing cut would have
+            targets = _targets_of(reference.get_submodule(name), whole_reference, model_inputs, at_once)
+            calls = _calls_of(block, whole_quantized, model_inputs, at_once)
+            learned = _learned_block(block, roundings, calls, targets, iterations, batch, at_once)
+            if kept is not None:
+                kept.put(name, learned)
+        blocks.append(learned)
+        for key, rounding in roundings.items():
+            up = torch.from_numpy(learned.up[rounding.layer]).to(rounding.rest.device)
+            inside[key].weight.data.copy_(rounding.weight(up.float()))
     return Rounded(
-        up=up,
-        scale=scale,
-        error_nearest=float(np.mean([before for before, _ in errors])),
-        error_learned=float(np.mean([after for _, after in errors])),
-        flipped=flipped / total,
+        up={layer: up for block in blocks for layer, up in block.up.items()},
+        scale={layer: scale for block in blocks for layer, scale in block.scale.items()},
+        error_nearest=float(np.mean([block.error_nearest for block in blocks])),
+        error_learned=float(np.mean([block.error_learned for block in blocks])),
+        flipped=sum(b.flipped for b in blocks) / sum(up.size for b in blocks for up in b.up.values()),
     )
 
 
@@ -177,6 +177,7 @@ class _Rounding(nn.Module):
 
     def __init__(self, name: str, weight: Tensor, bits: int) -> None:
         super().__init__()
+        self.layer = name
         array = weight.float().cpu().numpy()
         self.scale_array = round_to_nearest(name, array, bits, 0).scale
         shape = (-1, *[1] * (weight.ndim - 1))
@@ -322,6 +323,28 @@ def _error(
         error += float((_run(block, weights, calls, part) - wanted).square().sum())
         energy += float(wanted.square().sum())
     return error / max(energy, 1e-30)
+
+
+def _learned_block(
+    block: nn.Module,
+    roundings: dict[str, _Rounding],
+    calls: _Calls,
+    targets: Tensor,
+    iterations: int,
+    batch: int,
+    at_once: int,
+) -> LearnedBlock:
+    """Learn the rounding of the weights of ``block``, given by parameter name."""
+    nearest = _error(block, {k: r.nearest() for k, r in roundings.items()}, calls, targets, at_once)
+    _learn(block, roundings, calls, targets, iterations, batch, at_once)
+    learned = _error(block, {k: r.hard() for k, r in roundings.items()}, calls, targets, at_once)
+    return LearnedBlock(
+        up={r.layer: r.up().cpu().numpy() for r in roundings.values()},
+        scale={r.layer: r.scale_array for r in roundings.values()},
+        error_nearest=nearest,
+        error_learned=learned,
+        flipped=sum(int((r.up() != r.nearest_up()).sum()) for r in roundings.values()),
+    )
 
 
 def _learn(

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 pytest.importorskip("sklearn")
 
-from qlip_export.calibrate import drawings, quality, stages
+from qlip_export.calibrate import kept, quality, stages, weights
 from qlip_export.calibrate.bits import TRAINER
 from qlip_export.calibrate.options import CalibrateOptions
 from qlip_export.calibrate.stages import Calibration, Sizes
@@ -287,7 +287,7 @@ def test_images_drawn_before_a_run_was_cut_are_kept(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the images are those of a run that nothing cut."""
-    monkeypatch.setattr(drawings, "PART", 8)
+    monkeypatch.setattr(kept, "PART", 8)
     sizes: list[int] = []
 
     def cut_in_the_second_part(simulator: Any, prompts: list[str], *rest: Any, **named: Any) -> Any:
@@ -309,9 +309,36 @@ def test_images_drawn_before_a_run_was_cut_are_kept(
     assert sizes == [8, 8, 8, 8, *[8, 8, 8]]
     (mine,), (theirs,) = (list((f / ".cache").iterdir()) for f in (resumed, whole))
     assert mine.name == theirs.name
-    found, expected = drawings.read(mine), drawings.read(theirs)
+    found, expected = kept.read_drawn(mine), kept.read_drawn(theirs)
     assert found is not None and expected is not None
     np.testing.assert_allclose(found.complexity, expected.complexity, atol=1e-3)
+
+
+def test_blocks_learned_before_a_run_was_cut_are_kept(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is learned after them is what a run learns that nothing cut."""
+    learned: list[tuple[str, ...]] = []
+    learn = weights._learned_block
+
+    def cut_at_the_sixth(block: Any, roundings: dict[str, Any], *rest: Any) -> Any:
+        learned.append(tuple(rounding.layer for rounding in roundings.values()))
+        if len(learned) == 6:
+            raise KeyboardInterrupt
+        return learn(block, roundings, *rest)
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    only = {"stages": ("weights",), "iterations": 3}
+    calibration(towers, whole, **only).run(Silent())
+    monkeypatch.setattr(weights, "_learned_block", cut_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        calibration(towers, resumed, **only).run(Silent())
+    calibration(towers, resumed, **only).run(Silent())
+    assert [block for block in set(learned) if learned.count(block) > 1] == [learned[5]]
+    assert len(set(learned)) == 44
+    assert sha256_of(resumed / "weights.safetensors") == sha256_of(whole / "weights.safetensors")
+    assert (resumed / "weights.json").read_text() == (whole / "weights.json").read_text()
+    assert not list((resumed / ".cache").iterdir())
 
 
 def test_images_of_another_size_are_drawn_anew(towers: Path, tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def test_what_runs_at_once_changes_no_result(simulator: Simulator, trajectories:
         learn_rounding(simulator, trajectories, iterations=4, **SETTINGS | {"at_once": n}) for n in (8, 3)
     )
     assert apart.error_learned == pytest.approx(together.error_learned, rel=1e-3)
-    for layer, up in together.up.items():
-        assert (apart.up[layer] == up).mean() > 0.999, layer
+    same = [np.count_nonzero(apart.up[layer] == up) for layer, up in together.up.items()]
+    assert sum(same) > 0.9995 * sum(up.size for up in together.up.values())
 
 
 def test_the_first_block_errs_less(
