@@ -353,6 +353,16 @@ def synthetic_package(tmp_path: Path, files: dict[str, str]) -> Path:
     return package
 
 
+def test_help_loads_what_it_prints_with_and_no_more() -> None:
+    """It is asked for often, and answers before anybody waits."""
+    heavy = (*HEAVY, "pydantic", "numpy", "PIL", "openvino", "onnxruntime")
+    code = f"import sys, qlip_export.cli; print(*sorted(set({heavy!r}) & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
 def test_running_a_bundle_loads_nothing_heavy() -> None:
     """The table cannot see what a third-party library imports; a fresh interpreter can."""
     names = []

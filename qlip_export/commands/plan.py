@@ -15,7 +15,6 @@ from qlip_export.commands.options import (
     numbers,
 )
 from qlip_export.errors import QlipError
-from qlip_export.spec import Granularity, Unit, WeightBits, image_sizes
 
 if TYPE_CHECKING:
     from qlip_export.plan import Plan
@@ -39,6 +38,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a build would be: blocks, layers, MACs, engines, bytes, memory, time; reads configs only."""
+    from qlip_export.spec import Granularity, Unit, WeightBits, image_sizes
+
     options = numbers(bits)
     wanted = _one_of(get_args(WeightBits), weight_bits, "--weight-bits")
     cut = _one_of(get_args(Granularity), blocks, "--blocks")
