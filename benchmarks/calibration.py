@@ -57,21 +57,24 @@ def run(of: Subject, *, quick: bool) -> dict[str, Any]:
     trajectories = record(simulator, prompts[:RUNS], guidance=guidance, seed=0, batch_size=RUNS)
     total = torch.cuda.get_device_properties(0).total_memory
     rows = []
-    for stage in (_draw, _q2b, _weights):
-        for at_once, limit in AT_ONCE.items():
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
-            torch.cuda.reset_peak_memory_stats()
-            row = stage(simulator, prompts, trajectories, at_once, quick)
-            row |= {
-                "at_once": at_once,
-                "limit_bytes": limit,
-                "gpu_bytes": torch.cuda.max_memory_allocated(),
-                "reserved_bytes": torch.cuda.max_memory_reserved(),
-            }
-            rows.append(row)
-            print(f"  {row}", file=sys.stderr, flush=True)
-    return {"gpu": gpu_name(), "steps": simulator.steps, "rows": rows, "whole": _whole(rows, simulator.steps)}
+    try:
+        for stage in (_draw, _q2b, _weights):
+            for at_once, limit in AT_ONCE.items():
+                torch.cuda.empty_cache()
+                torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
+                torch.cuda.reset_peak_memory_stats()
+                row = stage(simulator, prompts, trajectories, at_once, quick)
+                row |= {
+                    "at_once": at_once,
+                    "limit_bytes": limit,
+                    "gpu_bytes": torch.cuda.max_memory_allocated(),
+                    "reserved_bytes": torch.cuda.max_memory_reserved(),
+                }
+                rows.append(row)
+                print(f"  {row}", file=sys.stderr, flush=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return {"gpu": gpu_name(), "steps": simulator.steps, "rows": rows, "whole": _whole(rows)}
 
 
 def _draw(
@@ -117,7 +120,7 @@ def _q2b(
     return {
         "stage": "q2b",
         "seconds_per_iteration": _between(ends),
-        "seconds_before_the_second": ends[0] - started,
+        "seconds_until_the_first": ends[0] - started,
     }
 
 
@@ -129,7 +132,7 @@ def _weights(
     seconds = []
     try:
         weights.blocks_of = lambda of: every(of)[::EVERY]
-        for samples, iterations in (ROUNDING[0], *ROUNDING) if at_once == max(AT_ONCE) else ROUNDING:
+        for samples, iterations in (ROUNDING[0], *ROUNDING):
             started = time.perf_counter()
             weights.learn_rounding(
                 simulator,
@@ -145,7 +148,7 @@ def _weights(
             seconds.append(time.perf_counter() - started)
     finally:
         weights.blocks_of = every
-    few, more_samples, more_iterations = seconds[-3:]  # before them, a run that chose kernels
+    few, more_samples, more_iterations = seconds[1:]  # before them, a run that compiled kernels
     measured = len(blocks[::EVERY])
     (first, iterations), (samples, _), (_, most) = ROUNDING
     per_sample = (more_samples - few) / (samples - first) / measured
@@ -166,11 +169,12 @@ def _between(ends: list[float]) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
-def _whole(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
+def _whole(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return seconds of the stages at their own sizes, extrapolated from the fastest row of each."""
-    rates: dict[str, dict[str, Any]] = {}
-    for row in sorted(rows, key=_pace, reverse=True):
-        rates[row["stage"]] = row
+    rates = {
+        stage: min((row for row in rows if row["stage"] == stage), key=_pace)
+        for stage in ("t2q", "q2b", "weights")
+    }
     image = rates["t2q"]["seconds_per_image"]
     block = rates["weights"]
     return {

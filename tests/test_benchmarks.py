@@ -43,7 +43,7 @@ def test_paces_of_calibration_are_measured(towers: Path, monkeypatch: pytest.Mon
     ]
     assert rows[0]["seconds_per_image"] > 0 and rows[1]["seconds_per_iteration"] > 0
     assert (rows[2]["blocks"], rows[2]["blocks_measured"]) == (44, 3)
-    whole = calibration._whole(rows, simulator.steps)
+    whole = calibration._whole(rows)
     assert set(whole) == {"t2q", "q2b", "weights"}
     shown = [row | {"limit_bytes": None, "gpu_bytes": 10**9, "reserved_bytes": 2 * 10**9} for row in rows]
     table = RENDERERS["calibration"]({"gpu": "none", "steps": 4, "rows": shown, "whole": whole})

@@ -31,11 +31,18 @@ def read_drawn(path: Path) -> Drawn | None:
 def parts(count: int, path: Path) -> Iterator[tuple[slice, Path]]:
     """Return which of ``count`` images go together, and the file of each such part of ``path``."""
     for start in range(0, count, PART):
-        yield slice(start, min(start + PART, count)), path.with_suffix(f".{start}{path.suffix}")
+        stop = min(start + PART, count)
+        yield slice(start, stop), path.with_suffix(f".{start}-{stop}{path.suffix}")
 
 
 def drawn_in_parts(count: int, path: Path, draw: Callable[[slice], Drawn]) -> Drawn:
-    """Draw ``count`` images, those excepted that an earlier run kept, and write all of them to ``path``."""
+    """Draw ``count`` images, those excepted that an earlier run kept, and write all of them to ``path``.
+
+    Args:
+        count: Of all images.
+        path: For all of them; it stays, for other criteria and epochs.
+        draw: Draws a part.
+    """
     found: list[Drawn] = []
     for part, file in parts(count, path):
         drawn = read_drawn(file)
@@ -121,7 +128,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]] | None:
     try:
         return load_file(path)
     except safetensors.SafetensorError:
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
 
 

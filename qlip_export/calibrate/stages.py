@@ -5,6 +5,7 @@ A stage whose recipe is already there, made with the same settings, is not run a
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from qlip_export.calibrate.quality import (
 )
 from qlip_export.calibrate.ranges import hash_of, measure_ranges
 from qlip_export.calibrate.trajectories import Trajectories, record
-from qlip_export.calibrate.weights import blocks_of, learn_rounding, quantized_weights
+from qlip_export.calibrate.weights import LEARNER, blocks_of, learn_rounding, quantized_weights
 from qlip_export.capture import denoiser_family, shapes_of
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
@@ -118,12 +119,15 @@ class Calibration:
         memory: dict[str, int] = {}
         gpu = self._options.device == "cuda"
         for name in (name for name in STAGES if name in self._options.stages):
+            self._free()
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
             try:
                 files[name] = str(stages[name]())
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
                 raise self._too_large(name) from error
             seconds[name] = round(time.monotonic() - started, 1)
             if gpu:
@@ -138,14 +142,25 @@ class Calibration:
             measured={k: round(v, 6) for k, v in self._measured.items()},
         )
 
+    def _free(self) -> None:
+        """Let go of the models before: their hooks refer to them, and only Python's collector sees that."""
+        gc.collect()
+        if self._options.device == "cuda":
+            torch.cuda.empty_cache()
+
     def _too_large(self, stage: Stage) -> QlipError:
-        size = self._options.batch_size
         free, total = torch.cuda.mem_get_info()
-        fewer = f"--batch-size {size // 2}: results do not depend on it" if size > 1 else "a GPU with more"
+        size = self._options.batch_size
+        ways = []
+        if stage != "ranges" and size > 1:
+            ways.append(f"--batch-size {size // 2}, which changes results no more than float sums do")
+        if stage in ("weights", "q2b"):
+            ways.append("a lower --limit, for a shorter training")
+        ways.append("a GPU with more")
         return QlipError(
             f"the GPU has too little memory for {stage} with --batch-size {size}",
             found=f"{total / 1e9:.0f} GB in all, {free / 1e9:.1f} GB free now",
-            fix=f"{fewer}; stages, drawn images and blocks that are done are kept",
+            fix=f"{'; '.join(ways)}. Stages, drawn images and blocks that are done are kept",
         )
 
     def _check(self) -> None:
@@ -249,7 +264,7 @@ class Calibration:
         simulator = self.simulator()
         trajectories = self.record(simulator, prompts)
         self._progress.stage("weights", len(blocks_of(simulator)))
-        blocks = kept.KeptBlocks(self._folder / ".cache" / f"weights-{content_key(settings)}")
+        blocks = kept.KeptBlocks(self._folder / ".cache" / f"weights-{content_key(LEARNER, settings)}")
         learned = learn_rounding(
             simulator,
             trajectories,
@@ -259,7 +274,7 @@ class Calibration:
             batch=min(SIZES.weight_batch, samples),
             at_once=options.batch_size,
             seed=options.seed,
-            kept=blocks,
+            store=blocks,
             on_block=self._progress.item,
         )
         recipe = RoundingRecipe.model_validate(
@@ -382,6 +397,8 @@ class Calibration:
         path = Policy.path(self._folder, name)
         if self._is_there("q2b", path, recipe, lambda: Policy.load(self._folder, name).recipe):
             return path
+        trajectories = self.record(self.simulator(), prompts)
+        self._free()
         simulator = self.simulator(quantized=True)
         units, unit_of_layer = self._family.units_of(simulator.layers, options.unit, options.granularity)
         plan = Plan(
@@ -399,7 +416,6 @@ class Calibration:
             at_once=options.batch_size,
             seed=options.seed,
         )
-        trajectories = self.record(self.simulator(), prompts)
         self._progress.stage("q2b", iterations)
         qualities = predicted(self._folder, options.criterion, simulator, prompts)
         learned = train_q2b(
@@ -504,9 +520,9 @@ class Calibration:
         for file in (path,) if judged else (path, plain):
             if (found := kept.read_drawn(file)) is not None:
                 return found
-        path = path if judged else plain
+        wanted = path if judged else plain
         extractor = FeatureExtractor(self._checkpoint.folder, device=options.device) if judged else None
-        missing = [part for part, file in kept.parts(len(prompts), path) if not file.is_file()]
+        missing = [part for part, file in kept.parts(len(prompts), wanted) if not file.is_file()]
         counts = [len(prompts[part]) for part in missing]
         self._progress.stage("draw", sum(-(-count // options.batch_size) for count in counts))
 
@@ -525,7 +541,7 @@ class Calibration:
                 on_images=lambda _: self._progress.item(""),
             )
 
-        return kept.drawn_in_parts(len(prompts), path, draw_part)
+        return kept.drawn_in_parts(len(prompts), wanted, draw_part)
 
     @cached_property
     def _reference(self) -> NDArray[np.float32] | None:
@@ -569,3 +585,11 @@ class Calibration:
             units,
             self.denoiser,
         )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a full GPU is behind this: libraries say it in words, and recordings end otherwise."""
+    told = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "alloc_failed" in told:
+        return True
+    return error.__context__ is not None and _is_out_of_memory(error.__context__)

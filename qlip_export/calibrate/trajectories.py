@@ -58,12 +58,14 @@ def record(
         on_batch: Called after each batch.
     """
     encoded, empty = simulator.encode(prompts), simulator.empty
-    inputs, predictions, timesteps = [], [], []
+    kept: list[Tensor] = []
+    timesteps: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        part = encoded.states[start : start + batch_size]
+        part = slice(start, start + batch_size)
+        states = encoded.states[part]
         noise = torch.from_numpy(
-            np.stack([seeded_noise(seed + start + i, simulator.latents_shape) for i in range(len(part))])
+            np.stack([seeded_noise(seed + start + i, simulator.latents_shape) for i in range(len(states))])
         )
 
         def keep(
@@ -71,14 +73,17 @@ def record(
         ) -> None:
             seen.append((x.half(), timestep.float(), prediction.half()))
 
-        simulator.sample(paired(empty, part), noise, guidance, on_step=keep)
-        inputs.append(torch.stack([x for x, _, _ in seen], 1))
-        predictions.append(torch.stack([p for _, _, p in seen], 1))
+        simulator.sample(paired(empty, states), noise, guidance, on_step=keep)
+        # Inputs and predictions of all prompts have their place from the first batch on.
+        found = [torch.stack([run[which] for run in seen], 1) for which in (0, 2)]
+        kept = kept or [steps.new_empty(len(prompts), *steps.shape[1:]) for steps in found]
+        for whole, steps in zip(kept, found, strict=True):
+            whole[part] = steps
         timesteps = [t for _, t, _ in seen]
         on_batch()
     return Trajectories(
-        inputs=torch.cat(inputs),
-        predictions=torch.cat(predictions),
+        inputs=kept[0],
+        predictions=kept[1],
         timesteps=torch.stack(timesteps),
         states=encoded.states.half(),
         empty=None if empty is None else empty.half(),

@@ -303,10 +303,11 @@ def test_images_drawn_before_a_run_was_cut_are_kept(
     with pytest.raises(QlipError, match="too little memory for t2q with --batch-size 24") as caught:
         calibration(towers, resumed, **only).run(Silent())
     assert "--batch-size 12" in caught.value.fix
-    assert [f.name.split(".")[1] for f in (resumed / ".cache").iterdir()] == ["0"]
+    assert [f.name.split(".")[1] for f in (resumed / ".cache").iterdir()] == ["0-8"]
     calibration(towers, resumed, **only | {"batch_size": 12}).run(Silent())
+    monkeypatch.setattr(kept, "PART", 512)
     calibration(towers, whole, **only).run(Silent())
-    assert sizes == [8, 8, 8, 8, *[8, 8, 8]]
+    assert sizes == [8, 8, 8, 8, 24]
     (mine,), (theirs,) = (list((f / ".cache").iterdir()) for f in (resumed, whole))
     assert mine.name == theirs.name
     found, expected = kept.read_drawn(mine), kept.read_drawn(theirs)
@@ -318,23 +319,25 @@ def test_blocks_learned_before_a_run_was_cut_are_kept(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is learned after them is what a run learns that nothing cut."""
-    learned: list[tuple[str, ...]] = []
-    learn = weights._learned_block
+    learned: list[str] = []
+    learn = weights.learn_block
 
-    def cut_at_the_sixth(block: Any, roundings: dict[str, Any], *rest: Any) -> Any:
-        learned.append(tuple(rounding.layer for rounding in roundings.values()))
+    def cut_at_the_sixth(models: Any, name: str, *rest: Any) -> Any:
+        learned.append(name)
         if len(learned) == 6:
             raise KeyboardInterrupt
-        return learn(block, roundings, *rest)
+        return learn(models, name, *rest)
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     only = {"stages": ("weights",), "iterations": 3}
     calibration(towers, whole, **only).run(Silent())
-    monkeypatch.setattr(weights, "_learned_block", cut_at_the_sixth)
+    monkeypatch.setattr(weights, "learn_block", cut_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         calibration(towers, resumed, **only).run(Silent())
+    (damaged,) = (resumed / ".cache").rglob(f"{learned[2]}.safetensors")
+    tamper.truncate(damaged)
     calibration(towers, resumed, **only).run(Silent())
-    assert [block for block in set(learned) if learned.count(block) > 1] == [learned[5]]
+    assert {block for block in learned if learned.count(block) > 1} == {learned[2], learned[5]}
     assert len(set(learned)) == 44
     assert sha256_of(resumed / "weights.safetensors") == sha256_of(whole / "weights.safetensors")
     assert (resumed / "weights.json").read_text() == (whole / "weights.json").read_text()

@@ -22,7 +22,7 @@ from tests.quant.test_rounding import RECIPE
 SETTINGS: dict[str, Any] = {"bits": 4, "samples": 12, "batch": 8, "at_once": 8, "seed": 0}
 
 
-class Spied(weights._Rounding):
+class Spied(weights.Rounding):
     """Remembers the weights that were learned, by layer."""
 
     learned: ClassVar[dict[str, Tensor]] = {}
@@ -42,7 +42,7 @@ def rounded(simulator: Simulator, trajectories: Trajectories) -> tuple[Rounded, 
     before = {n: p.clone() for n, p in simulator.denoiser.named_parameters()}
     Spied.learned = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(weights, "_Rounding", Spied)
+        patched.setattr(weights, "Rounding", Spied)
         found = learn_rounding(simulator, trajectories, iterations=12, **SETTINGS)
     assert all(torch.equal(p, before[n]) for n, p in simulator.denoiser.named_parameters())
     return found, dict(Spied.learned)
@@ -127,7 +127,7 @@ def test_a_denoiser_in_half_precision_learns_for_the_weights_of_the_checkpoint(
 
     simulator = Simulator(Checkpoint(towers), steps=4)
     simulator.denoiser.half()
-    monkeypatch.setattr(weights, "_Rounding", Spied)
+    monkeypatch.setattr(weights, "Rounding", Spied)
     monkeypatch.setattr(Spied, "learned", {})
     found = learn_rounding(simulator, trajectories, iterations=1, **SETTINGS)
     again = quantized_weights(
