@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from qlip_export.bundle import Manifest
+from qlip_export.manifest import Manifest
 
 PALETTE = ("#7fc8f8", "#ffd166", "#f9844a", "#c2255c")
 """From few bits to many; told apart by the colour-blind, and readable on white and on black."""

@@ -16,24 +16,24 @@ from qlip_export import __version__
 from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend
 from qlip_export.build_variants import hardware, prompt_qualities
-from qlip_export.bundle import (
+from qlip_export.bundle import Bundle
+from qlip_export.capture import Shapes, denoiser_family, shapes_of
+from qlip_export.checkpoint import Checkpoint, read_json
+from qlip_export.compile import compile_target
+from qlip_export.compiled import TargetEntry
+from qlip_export.errors import QlipError
+from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
+from qlip_export.files import content_key, sha256_of
+from qlip_export.lora import LoraRef
+from qlip_export.manifest import (
     SCHEMA_VERSION,
-    Bundle,
     Exported,
     Manifest,
     ModelEntry,
     QuantizationEntry,
     ShapesEntry,
     SizeEntry,
-    TargetEntry,
 )
-from qlip_export.capture import Shapes, denoiser_family, shapes_of
-from qlip_export.checkpoint import Checkpoint, read_json
-from qlip_export.compile import compile_target
-from qlip_export.errors import QlipError
-from qlip_export.export import NEAREST, Exporter, ExportOptions, WeightMethod
-from qlip_export.files import content_key, sha256_of
-from qlip_export.lora import LoraRef
 from qlip_export.pipelines import Pipeline, pipeline_of
 from qlip_export.policy.select import SelectedPolicy, select_policy
 from qlip_export.progress import Progress

@@ -15,9 +15,11 @@ from qlip_export.backends import get_backend
 from qlip_export.backends.base import Backend, Capabilities
 from qlip_export.backends.memory import available_memory_bytes
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, Compiled, EngineEntry, Manifest, TargetEntry, TimingEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import Compiled, EngineEntry, TargetEntry, TimingEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
+from qlip_export.manifest import Manifest
 from qlip_export.profiles import ProfilePlan, key_of, plan_profile
 from qlip_export.progress import Progress
 from qlip_export.spec import Container, Frozen, container_of

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlip_export.bundle import BlockEntry, Bundle, Manifest, PolicyEntry, TargetEntry, compile_command
+from qlip_export.bundle import Bundle, compile_command
+from qlip_export.compiled import TargetEntry
+from qlip_export.manifest import BlockEntry, Manifest, PolicyEntry
 from qlip_export.memory import MemoryRow, kibibytes, mebibytes
 from qlip_export.spec import variant_name
 

@@ -49,6 +49,7 @@ from qlip_export.progress import Progress, batches
 from qlip_export.prompts import CALIBRATION, EVALUATION, GENERIC_PROMPTS, own_prompts, read_prompts
 from qlip_export.reference import check_same_model
 from qlip_export.renderers import POLICY, EngineRenderer, Renderer, SimulatorRenderer
+from qlip_export.sizes import choose_size
 from qlip_export.spec import REFERENCE_BITS, Frozen, container_of
 from qlip_export.zoo import ZooModel, model_of
 
@@ -140,7 +141,8 @@ def evaluate(path: str | os.PathLike[str], options: EvaluateOptions, progress: P
         QlipError: Options that do not fit the bundle or each other, a size that it does not have, a model
             that is not its own, prompts that cannot be read or are too few, or a device that is not here.
     """
-    bundle = Bundle.open(path).at(height=options.height, width=options.width, batch_size=options.batch_size)
+    opened = Bundle.open(path)
+    bundle = choose_size(opened, height=options.height, width=options.width, batch_size=options.batch_size)
     device = _one_of(options.device, DEVICES, "device")
     if device == "cuda" and not torch.cuda.is_available():
         raise QlipError("there is no CUDA device here", fix="--device engines, or --device cpu")

@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from qlip_export.bundle import (
-    BlockEntry,
-    ComponentEntry,
-    Exported,
-    LayerEntry,
-    TensorEntry,
-    TextEncoderEntry,
-    TokenizerEntry,
-    VariantEntry,
-    best_fast_option,
-)
+from qlip_export.bundle import best_fast_option
 from qlip_export.capture import (
     OPSET,
     Shapes,
@@ -32,6 +22,7 @@ from qlip_export.capture import (
     denoiser_family,
 )
 from qlip_export.checkpoint import Checkpoint, Component
+from qlip_export.compiled import TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
 from qlip_export.graph.layers import find_layers, static_shape
@@ -39,6 +30,15 @@ from qlip_export.graph.split import Block, split
 from qlip_export.graph.store import save
 from qlip_export.graph.variant import type_variant
 from qlip_export.graph.weights import WeightIndex, bind_weights, write_weights
+from qlip_export.manifest import (
+    BlockEntry,
+    ComponentEntry,
+    Exported,
+    LayerEntry,
+    TextEncoderEntry,
+    TokenizerEntry,
+    VariantEntry,
+)
 from qlip_export.pipelines import TextEncoder, pipeline_of
 from qlip_export.progress import Progress
 from qlip_export.quant.ranges import Ranges

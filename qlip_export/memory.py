@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from qlip_export.bundle import Manifest
+from qlip_export.manifest import Manifest
 from qlip_export.spec import T2Q_HIDDEN, Frozen
 
 FLOAT = 4

@@ -10,10 +10,10 @@ from typing import get_args
 
 from pydantic import JsonValue
 
-from qlip_export.bundle import ComponentEntry, Manifest
 from qlip_export.conditioning import Constant, TextOutput
 from qlip_export.errors import QlipError
 from qlip_export.extents import Axis, EngineShapes, Extent, Extents, Profile
+from qlip_export.manifest import ComponentEntry, Manifest
 
 ROWS = {*get_args(TextOutput), "quality"}
 """Outputs of text encoders and policy that the run time reads row by row."""

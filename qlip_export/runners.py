@@ -22,7 +22,7 @@ from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from qlip_export.backends.base import Backend
-from qlip_export.bundle import EngineEntry
+from qlip_export.compiled import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.parity import REFERENCE, Arrays, OutputRow, run_results
 

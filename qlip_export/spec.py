@@ -6,9 +6,10 @@ import hashlib
 import re
 from collections.abc import Sequence
 from enum import Enum
-from typing import Literal, NamedTuple
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qlip_export.errors import QlipError
 
@@ -31,6 +32,17 @@ class Frozen(BaseModel):
     """Base of all configuration: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _stays_inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        raise ValueError(f"path {path!r} leaves the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_stays_inside)]
+"""A POSIX path relative to the bundle that cannot leave it."""
 
 
 class Container(str, Enum):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qlip_export.bundle import BlockEntry, Bundle, TargetEntry, TimingEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import TargetEntry, TimingEntry
 from qlip_export.errors import QlipError
+from qlip_export.manifest import BlockEntry
 from qlip_export.progress import Progress
 from qlip_export.runtime.chain import Chain
 from qlip_export.runtime.targets import choose_target

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from qlip_export.bundle import BlockEntry, Bundle, EngineEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry
 from qlip_export.errors import NotFiniteError, QlipError
+from qlip_export.manifest import BlockEntry
 from qlip_export.noise import seeded_noise
 from qlip_export.parity import OutputRow, for_engine, save_case
 from qlip_export.progress import Progress

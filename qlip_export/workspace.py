@@ -19,10 +19,12 @@ from pathlib import Path
 
 from pydantic import JsonValue, RootModel, ValidationError
 
-from qlip_export.bundle import MANIFEST, Bundle, BundlePath, FileEntry, Manifest, TargetEntry, building_folder
+from qlip_export.bundle import MANIFEST, Bundle, building_folder
+from qlip_export.compiled import TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import explained_os_errors, locked, sha256_of, write_json, written_aside
-from qlip_export.spec import Frozen
+from qlip_export.manifest import FileEntry, Manifest
+from qlip_export.spec import BundlePath, Frozen
 
 JOURNAL = "journal.json"
 

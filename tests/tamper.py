@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlip_export.bundle import Bundle, EngineEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry
 from qlip_export.files import sha256_of
 
 

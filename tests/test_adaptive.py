@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from qlip_export.backends import get_backend
-from qlip_export.bundle import Bundle, PolicyEntry
+from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.manifest import PolicyEntry
 from qlip_export.policy.store import Quality
 from qlip_export.progress import Plain
 from qlip_export.runtime import Previews, TextToImage

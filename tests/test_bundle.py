@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from qlip_export.bundle import SCHEMA_VERSION, Bundle
+from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
+from qlip_export.manifest import SCHEMA_VERSION
 from qlip_export.progress import Silent
 from qlip_export.runtime import TextToImage
 from qlip_export.validate import validate

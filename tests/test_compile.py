@@ -14,9 +14,11 @@ import pytest
 
 from qlip_export.backends.onnxruntime import OnnxRuntimeBackend
 from qlip_export.backends.openvino import OpenVINOBackend
-from qlip_export.bundle import Bundle, Manifest, TargetEntry
+from qlip_export.bundle import Bundle
 from qlip_export.compile import compile_bundle
+from qlip_export.compiled import TargetEntry
 from qlip_export.errors import QlipError
+from qlip_export.manifest import Manifest
 from qlip_export.progress import Plain, Silent
 from qlip_export.runtime import TextToImage
 from qlip_export.workspace import Workspace

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip_export.bundle import Bundle, PolicyEntry
+from qlip_export.bundle import Bundle
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.graph.store import load
+from qlip_export.manifest import PolicyEntry
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.schedule import Scheduler, layer_bits
 from qlip_export.spec import container_of

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from qlip_export.backends.memory import tells_memory
-from qlip_export.bundle import EngineEntry
+from qlip_export.compiled import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.budget import parse_budget

@@ -26,6 +26,7 @@ from qlip_export.reference import psnr, reference_image, reference_pipeline
 from qlip_export.report.collect import ReportOptions, collect
 from qlip_export.report.page import render
 from qlip_export.runtime import TextToImage
+from qlip_export.sizes import choose_size
 from qlip_export.spec import image_sizes
 from qlip_export.validate import validate
 from qlip_export.zoo import find_configs
@@ -108,7 +109,7 @@ def test_generate_picks_the_size_or_names_those_there(cli: Cli, sized: Path, tmp
 
 @pytest.mark.parametrize(("images", "label"), [(None, "32x32"), (1, "32x32"), (2, "32x32:2"), (3, "32x32")])
 def test_batch_size_is_the_one_that_wastes_least(sized: Path, images: int | None, label: str) -> None:
-    assert Bundle.open(sized).at(images=images).manifest.shapes.label == label
+    assert choose_size(Bundle.open(sized), images=images).manifest.shapes.label == label
 
 
 def test_inspect_and_build_tell_of_all_sizes(cli: Cli, sized: Path) -> None:

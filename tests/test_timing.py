@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from qlip_export.backends import get_backend
-from qlip_export.bundle import BlockEntry, Bundle, TimingEntry, VariantEntry
+from qlip_export.bundle import Bundle
 from qlip_export.compile import compile_bundle
+from qlip_export.compiled import TimingEntry
+from qlip_export.manifest import BlockEntry, VariantEntry
 from qlip_export.progress import Silent
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.dispatch import dispatch

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from qlip_export.backends.openvino import OpenVINOBackend
-from qlip_export.bundle import Bundle, Manifest
+from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
 from qlip_export.files import locked
+from qlip_export.manifest import Manifest
 from qlip_export.workspace import Workspace
 from tests import tamper
 from tests.conftest import STEPS, Cli, build_tiny

@@ -13,14 +13,9 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from qlip_export.backends.options import CompileOptions, refused
-from qlip_export.bundle import (
-    Compiled,
-    EngineEntry,
-    EngineMemory,
-    LayerEntry,
-    TargetEntry,
-)
+from qlip_export.compiled import Compiled, EngineEntry, EngineMemory, TargetEntry
 from qlip_export.extents import EngineShapes
+from qlip_export.manifest import LayerEntry
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, Container, DType
 

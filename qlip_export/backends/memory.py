@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qlip_export.backends.base import Backend
 from qlip_export.backends.heap import return_free_memory
-from qlip_export.bundle import EngineEntry, EngineMemory
+from qlip_export.compiled import EngineEntry, EngineMemory
 
 _STATM = Path("/proc/self/statm")
 _PAGE = mmap.PAGESIZE

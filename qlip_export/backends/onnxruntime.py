@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine
 from qlip_export.backends.memory import measure_engine
-from qlip_export.bundle import Compiled, EngineEntry, EngineFacts, EngineMemory, TensorEntry
+from qlip_export.compiled import Compiled, EngineEntry, EngineFacts, EngineMemory, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container, DType
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qlip_export.backends.base import Backend, Buffer, Capabilities, Engine, wrong_precisions
 from qlip_export.backends.mapping import mapped
 from qlip_export.backends.memory import measure_engine
-from qlip_export.bundle import Compiled, EngineEntry, EngineFacts, EngineMemory, TensorEntry
+from qlip_export.compiled import Compiled, EngineEntry, EngineFacts, EngineMemory, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Asked, Container, DType
 

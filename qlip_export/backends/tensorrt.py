@@ -10,7 +10,7 @@ import tensorrt
 from qlip_export.backends import tensorrt_builder as shared
 from qlip_export.backends.base import Capabilities
 from qlip_export.backends.tensorrt_family import TensorRtFamily, check_fit
-from qlip_export.bundle import TargetEntry
+from qlip_export.compiled import TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import Container
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlip_export.backends.base import wrong_precisions
-from qlip_export.bundle import EngineFacts, TensorEntry
+from qlip_export.compiled import EngineFacts, TensorEntry
 from qlip_export.extents import EngineShapes
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, DType

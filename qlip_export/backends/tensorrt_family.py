@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn
 from qlip_export.backends import tensorrt_builder as shared
 from qlip_export.backends.options import CompileOptions, refused
 from qlip_export.backends.tensorrt_runtime import TensorRtRuntime
-from qlip_export.bundle import Compiled, EngineFacts, TargetEntry
+from qlip_export.compiled import Compiled, EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.extents import EngineShapes
 from qlip_export.files import written_aside

@@ -12,7 +12,7 @@ from qlip_export.backends import tensorrt_builder as shared
 from qlip_export.backends.base import Capabilities
 from qlip_export.backends.options import CompileOptions
 from qlip_export.backends.tensorrt_family import TensorRtFamily
-from qlip_export.bundle import EngineFacts, TargetEntry
+from qlip_export.compiled import EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.progress import Progress
 from qlip_export.spec import Asked, Container

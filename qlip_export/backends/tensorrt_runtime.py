@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qlip_export.backends import tensorrt_builder as shared
 from qlip_export.backends.base import Backend, Buffer, Engine
-from qlip_export.bundle import EngineEntry, TargetEntry
+from qlip_export.compiled import EngineEntry, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.spec import DType
 

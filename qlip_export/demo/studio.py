@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import Field
 
 from qlip_export.bitmap import bit_map, colour, options_of
-from qlip_export.bundle import Manifest
 from qlip_export.errors import QlipError
+from qlip_export.manifest import Manifest
 from qlip_export.runtime import Previews, TextToImage
 from qlip_export.runtime.schedule import Scheduler, block_bits
 from qlip_export.spec import Frozen

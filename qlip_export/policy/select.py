@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from qlip_export.bundle import BlockEntry, PolicyEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import content_key, sha256_of
+from qlip_export.manifest import BlockEntry, PolicyEntry
 from qlip_export.policy.graph import OPSET, policy_graph
 from qlip_export.policy.store import POLICIES, Policy, Quality, names, policy_name
 from qlip_export.policy.t2q import TextToQuality

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from qlip_export.bundle import Manifest
 from qlip_export.errors import QlipError
+from qlip_export.manifest import Manifest
 from qlip_export.runtime.chain import Pattern
 from qlip_export.runtime.schedule import Scheduler, feature_average_bits
 from qlip_export.spec import Frozen

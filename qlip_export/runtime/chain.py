@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip_export.backends.base import Backend, Buffer, Engine
-from qlip_export.bundle import BlockEntry, Bundle, EngineEntry, TensorEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry, TensorEntry
 from qlip_export.errors import QlipError
+from qlip_export.manifest import BlockEntry
 from qlip_export.runtime.engines import Engines
 from qlip_export.runtime.targets import Target
 from qlip_export.spec import DType, variant_name

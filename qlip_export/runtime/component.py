@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip_export.backends.base import Buffer, Engine
-from qlip_export.bundle import ComponentEntry, EngineEntry, TensorEntry
+from qlip_export.compiled import EngineEntry, TensorEntry
+from qlip_export.manifest import ComponentEntry
 from qlip_export.runtime.engines import Engines
 from qlip_export.runtime.targets import Target
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip_export.bundle import Bundle, TextEncoderEntry
+from qlip_export.bundle import Bundle
 from qlip_export.conditioning import Constant, Encoded, GuidanceScale
 from qlip_export.errors import QlipError
+from qlip_export.manifest import TextEncoderEntry
 from qlip_export.runtime.tokenizer import PromptTokenizer
 
 Arrays = dict[str, NDArray[Any]]

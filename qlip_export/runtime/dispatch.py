@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qlip_export.bundle import BlockEntry
+from qlip_export.manifest import BlockEntry
 from qlip_export.runtime.chain import Pattern
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from qlip_export.backends.base import Engine
 from qlip_export.backends.heap import return_free_memory
 from qlip_export.backends.numa import unbind_memory
-from qlip_export.bundle import Bundle, EngineEntry, EngineMemory
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry, EngineMemory
 from qlip_export.runtime.residency import Action, ResidencyPlan, plan_residency
 from qlip_export.runtime.targets import Target
 

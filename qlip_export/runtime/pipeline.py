@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qlip_export.bundle import Bundle, Manifest
+from qlip_export.bundle import Bundle
 from qlip_export.errors import NotFiniteError, QlipError
+from qlip_export.manifest import Manifest
 from qlip_export.noise import seeded_noise
 from qlip_export.runtime.budget import parse_budget
 from qlip_export.runtime.chain import Chain, Pattern
@@ -26,6 +27,7 @@ from qlip_export.runtime.room import Room
 from qlip_export.runtime.sampler import Sampler, guided
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from qlip_export.runtime.targets import Target, choose_target
+from qlip_export.sizes import choose_size, serving
 
 OnStep = Callable[[int, int], None]
 """Called after each denoiser step with the number of steps done and the total."""
@@ -118,7 +120,7 @@ class TextToImage:
                 first that fits is taken.
             width: The same.
             batch_size: Images per batch, the same.
-            images: How many images a call will draw: chooses among batch sizes; see `Bundle.at`.
+            images: How many images a call will draw: chooses among batch sizes; see `sizes.choose_size`.
 
         Raises:
             QlipError: No bundle, a damaged one, one without such engines or such a size, or none that can run
@@ -126,8 +128,8 @@ class TextToImage:
         """
         opened = Bundle.open(path)
         size = {"height": height, "width": width, "batch_size": batch_size}
-        target = choose_target(opened.serving(backend, **size), backend, threads=threads)
-        bundle = opened.at(**size, images=images, target=target.name)
+        target = choose_target(serving(opened, backend, **size), backend, threads=threads)
+        bundle = choose_size(opened, **size, images=images, target=target.name)
         return cls(bundle, replace(target, entry=bundle.manifest.targets[target.name]))
 
     def at(
@@ -145,9 +147,9 @@ class TextToImage:
         Raises:
             QlipError: The bundle has no such size.
         """
-        bundle = Bundle.open(self.bundle.root).at(
-            height=height, width=width, batch_size=batch_size, images=images, target=self.target.name
-        )
+        opened = Bundle.open(self.bundle.root)
+        size = {"height": height, "width": width, "batch_size": batch_size}
+        bundle = choose_size(opened, **size, images=images, target=self.target.name)
         if bundle.manifest.shapes == self.bundle.manifest.shapes:
             return self
         entry = bundle.manifest.targets[self.target.name]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from qlip_export.bundle import EngineMemory
+from qlip_export.compiled import EngineMemory
 from qlip_export.errors import QlipError
 
 Victim = Callable[[Mapping[str, int], Callable[[str], int], int], str]

@@ -8,8 +8,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip_export.bundle import BlockEntry, best_fast_option
+from qlip_export.bundle import best_fast_option
 from qlip_export.errors import QlipError
+from qlip_export.manifest import BlockEntry
 from qlip_export.policy.table import DecisionTable
 from qlip_export.runtime.chain import Pattern
 from qlip_export.spec import variant_name

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from qlip_export.backends import BACKENDS, get_backend
 from qlip_export.backends.base import Backend
-from qlip_export.bundle import Bundle, TargetEntry, compile_command
+from qlip_export.bundle import Bundle, compile_command
+from qlip_export.compiled import TargetEntry
 from qlip_export.errors import QlipError
 
 

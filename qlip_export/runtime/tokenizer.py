@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from qlip_export.bundle import Bundle, TokenizerEntry
+from qlip_export.bundle import Bundle
+from qlip_export.manifest import TokenizerEntry
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from qlip_export.bundle import LayerEntry
 from qlip_export.errors import QlipError
+from qlip_export.manifest import LayerEntry
 from qlip_export.policy.table import DecisionTable
 from qlip_export.spec import Container, Frozen, Unit, container_of
 from qlip_export.variants.fuse import fused_name, runs_of_one_mind

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from qlip_export.bundle import ModelEntry
 from qlip_export.checkpoint import Checkpoint
 from qlip_export.errors import QlipError
+from qlip_export.manifest import ModelEntry
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

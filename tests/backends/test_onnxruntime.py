@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from qlip_export.backends.onnxruntime import OnnxRuntimeBackend
-from qlip_export.bundle import Bundle, EngineEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.progress import Silent
 from qlip_export.reference import psnr

@@ -25,7 +25,8 @@ from qlip_export.backends.openvino import (
     _to_bfloat16,
     _without_kernel_cache,
 )
-from qlip_export.bundle import Bundle, EngineEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
 from qlip_export.graph import precisions

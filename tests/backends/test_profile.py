@@ -19,8 +19,9 @@ import pytest
 from qlip_export.backends import tensorrt_builder as shared_code
 from qlip_export.backends.base import Capabilities
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, Compiled, TensorEntry
+from qlip_export.bundle import Bundle
 from qlip_export.compile import CompileReport, compile_bundle
+from qlip_export.compiled import Compiled, TensorEntry
 from qlip_export.errors import QlipError
 from qlip_export.extents import EngineShapes, parse_profile
 from qlip_export.graph.dynamic import make_dynamic
@@ -29,6 +30,7 @@ from qlip_export.noise import seeded_noise
 from qlip_export.progress import Progress, Silent
 from qlip_export.reference import psnr
 from qlip_export.runtime import TextToImage
+from qlip_export.sizes import choose_size
 from qlip_export.spec import Container
 from qlip_export.timing import time_target
 from qlip_export.validate import validate
@@ -127,7 +129,8 @@ def test_other_range_rebuilds_only_what_it_changes(ranging: Path, tmp_path: Path
     ],
 )
 def test_size_within_the_range_is_taken(ranging: Path, asked: dict[str, int], label: str) -> None:
-    view = Bundle.open(ranging).at(**asked, target="tensorrt-rtx").manifest  # type: ignore[arg-type]
+    opened = Bundle.open(ranging)
+    view = choose_size(opened, **asked, target="tensorrt-rtx").manifest  # type: ignore[arg-type]
     assert view.shapes.label == label
     assert view.inputs[0].shape == (2 * view.shapes.batch_size, *view.shapes.latents[1:])
     (height, width), batch = view.shapes.image, view.shapes.batch_size

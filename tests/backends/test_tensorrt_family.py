@@ -14,8 +14,9 @@ from qlip_export.backends import get_backend, is_installed
 from qlip_export.backends import tensorrt_builder as shared
 from qlip_export.backends.base import wrong_precisions
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, EngineFacts, TargetEntry
+from qlip_export.bundle import Bundle
 from qlip_export.compile import compile_bundle
+from qlip_export.compiled import EngineFacts, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.graph.precisions import asked_precisions
 from qlip_export.graph.store import load

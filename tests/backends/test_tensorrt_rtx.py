@@ -13,11 +13,13 @@ import pytest
 
 from qlip_export.backends import cuda
 from qlip_export.backends.options import CompileOptions
-from qlip_export.bundle import Bundle, EngineEntry, Manifest, TargetEntry
+from qlip_export.bundle import Bundle
 from qlip_export.compile import compile_bundle, preflight
+from qlip_export.compiled import EngineEntry, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.graph.cast import cast_to_half
 from qlip_export.graph.qdq import insert_qdq
+from qlip_export.manifest import Manifest
 from qlip_export.progress import Silent
 from qlip_export.runtime.targets import choose_target
 from qlip_export.spec import Container, WeightBits

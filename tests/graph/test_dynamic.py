@@ -12,12 +12,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from qlip_export.bundle import Bundle, Manifest
+from qlip_export.bundle import Bundle
 from qlip_export.errors import QlipError
 from qlip_export.extents import AXES, Axis, Extent, Extents, parse_profile
 from qlip_export.graph.dynamic import make_dynamic
 from qlip_export.graph.propagate import Dim, NotDynamicError, regroup
 from qlip_export.graph.store import load
+from qlip_export.manifest import Manifest
 from qlip_export.profiles import ProfilePlan, plan_profile
 from tests.graph.conftest import Arrays, graph, relative, run
 

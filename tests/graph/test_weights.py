@@ -13,7 +13,8 @@ import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
 
-from qlip_export.bundle import Bundle, EngineEntry
+from qlip_export.bundle import Bundle
+from qlip_export.compiled import EngineEntry
 from qlip_export.errors import QlipError
 from qlip_export.families.unet import UNET
 from qlip_export.graph.layers import find_layers

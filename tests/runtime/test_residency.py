@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip_export.bundle import EngineMemory
+from qlip_export.compiled import EngineMemory
 from qlip_export.errors import QlipError
 from qlip_export.runtime.residency import (
     Action,

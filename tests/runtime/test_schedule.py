@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlip_export.bundle import BlockEntry, LayerEntry, VariantEntry
 from qlip_export.errors import QlipError
+from qlip_export.manifest import BlockEntry, LayerEntry, VariantEntry
 from qlip_export.policy.table import DecisionTable, UnitChoice
 from qlip_export.runtime.schedule import Scheduler, block_bits, engine_switches, feature_average_bits
 from qlip_export.spec import container_of

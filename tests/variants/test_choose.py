@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlip_export.bundle import BlockEntry, LayerEntry, VariantEntry
 from qlip_export.errors import QlipError
+from qlip_export.manifest import BlockEntry, LayerEntry, VariantEntry
 from qlip_export.policy.table import DecisionTable, UnitChoice
 from qlip_export.runtime.schedule import Scheduler, layer_bits
 from qlip_export.spec import Container, container_of, mixed_name

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from qlip_export.bitmap import bit_map, colour, options_of
-from qlip_export.bundle import PolicyEntry
+from qlip_export.manifest import PolicyEntry
 from qlip_export.policy.store import Policy
 from qlip_export.policy.table import quality_probability
 from qlip_export.runtime import TextToImage
