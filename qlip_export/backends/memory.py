@@ -78,15 +78,6 @@ def private_bytes() -> int:
     return (int(resident) - int(shared)) * _PAGE
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process (Linux).
-
-    Raises:
-        OSError: The system does not tell; see `tells_memory`.
-    """
-    return int(_STATM.read_text(encoding="ascii").split()[1]) * _PAGE
-
-
 def available_memory_bytes() -> int | None:
     """Return what new allocations may take without swapping, or ``None`` where the system cannot tell."""
     try:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlip_export.backends.memory import private_bytes, resident_bytes, sampled_private_bytes, tells_memory
+from qlip_export.backends.memory import private_bytes, sampled_private_bytes, tells_memory
+from tests.long_use import resident_bytes
 
 SIZE = 64_000_000
 
