@@ -38,12 +38,19 @@ def building_folder(out: Path) -> Path:
 
 
 class Bundle:
-    """A bundle opened for reading; files are checked against their hashes when they are asked for."""
+    """A bundle opened for reading; files are checked against their hashes when they are asked for.
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    Attributes:
+        root: The folder.
+        manifest: Of all that is in it, or what `narrowed` left of that.
+        whole: Of all that is in it, as it was read.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, whole: Manifest | None = None) -> None:
         """Use `Bundle.open` instead."""
         self.root = root
         self.manifest = manifest
+        self.whole = whole or manifest
 
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> Bundle:
@@ -77,6 +84,10 @@ class Bundle:
             raise QlipError(
                 f"{path} is not a valid manifest", found=_first_line(error), fix="build the bundle again"
             ) from error
+
+    def narrowed(self, manifest: Manifest) -> Bundle:
+        """Return this bundle as one of ``manifest``: a single size of its own, or some of its targets."""
+        return Bundle(self.root, manifest, self.whole)
 
     def file(self, path: str) -> Path:
         """Return the absolute path of a file of the bundle, after checking its size and SHA-256.

@@ -57,7 +57,7 @@ def choose_size(
         return batches * size.shapes.batch_size, batches
 
     same_image = (size for size in fitting if size.shapes.image == fitting[0].shapes.image)
-    return Bundle(bundle.root, min(same_image, key=cost))
+    return bundle.narrowed(min(same_image, key=cost))
 
 
 def serving(
@@ -80,7 +80,7 @@ def serving(
     if not fitting and (named or not _fitting(manifest, wanted, [])):
         raise _no_such_size(bundle, wanted, named)
     targets = {name: manifest.targets[name] for name in fitting}
-    return Bundle(bundle.root, manifest.model_copy(update={"targets": targets}) if fitting else manifest)
+    return bundle.narrowed(manifest.model_copy(update={"targets": targets}) if fitting else manifest)
 
 
 def _fitting(manifest: Manifest, wanted: _Wanted, targets: Sequence[str]) -> list[Manifest]:
@@ -100,8 +100,18 @@ def _fitting(manifest: Manifest, wanted: _Wanted, targets: Sequence[str]) -> lis
 
 
 def _no_such_size(bundle: Bundle, wanted: _Wanted, targets: Sequence[str]) -> QlipError:
-    """Return the error that names the sizes and ranges which ``targets`` run."""
-    manifest = bundle.manifest
+    """Return the error that names those which ``targets`` run."""
+    ranging = any(bundle.manifest.targets[name].profile for name in targets)
+    return QlipError(
+        f"{bundle.root} holds no engines of that size",
+        expected=sizes_told(bundle.manifest, targets),
+        found=" ".join(f"{OPTIONS[a]} {wanted[a]}" for a in OPTIONS if wanted[a] is not None),
+        fix="build it with one more --size" + (", or compile it with a wider --profile" if ranging else ""),
+    )
+
+
+def sizes_told(manifest: Manifest, targets: Sequence[str]) -> str:
+    """Return the sizes and ranges which ``targets`` run, in words; without targets, the sizes."""
     entries = {name: manifest.targets[name] for name in targets}
     known = ""
     if not entries or not all(entry.profile for entry in entries.values()):
@@ -116,10 +126,4 @@ def _no_such_size(bundle: Bundle, wanted: _Wanted, targets: Sequence[str]) -> Ql
         for name, entry in entries.items()
         if entry.profile
     )
-    return QlipError(
-        f"{bundle.root} holds no engines of that size",
-        expected="; ".join(filter(None, [known, *ranges])),
-        found=" ".join(f"{OPTIONS[a]} {wanted[a]}" for a in OPTIONS if wanted[a] is not None),
-        fix="build it with one more --size"
-        + (", or compile it with a wider --profile" if any(e.profile for e in entries.values()) else ""),
-    )
+    return "; ".join(filter(None, [known, *ranges]))

@@ -60,12 +60,12 @@ def time_target(
             milliseconds, repeats = known.milliseconds, known.repeats
         else:
             milliseconds, repeats = {}, MOST
-            if held:  # one set of engines, timed where it is meant to be fastest
+            if held:  # one set of engines, timed in the size that it is tuned for
                 own = bundle.manifest.shapes.sizes
                 best = {axis: held[axis].opt if axis in held else n for axis, n in own.items()}
                 sizes = (bundle.manifest.resized(best),)
             for size in sizes:
-                one = Bundle(root, size)
+                one = bundle.narrowed(size)
                 entry = size.targets[target.name]
                 found, times = _measure(one, Chain(one, replace(target, entry=entry)), progress)
                 milliseconds, repeats = milliseconds | found, min(repeats, times)

@@ -173,7 +173,7 @@ def validate(
         progress.item(name)
         bundle.file(name)
     first, *others = (
-        _validate(Bundle(bundle.root, size), prompt, seed, model, progress, save, backend)
+        _validate(bundle.narrowed(size), prompt, seed, model, progress, save, backend)
         for size in bundle.manifest.sizes
         if not target.entry.profile or target.name in size.targets
     )

@@ -199,6 +199,18 @@ def test_pipeline_changes_size_on_the_same_backend(sized: Path) -> None:
     assert wide.at(width=32).bundle.manifest.shapes == first.bundle.manifest.shapes
 
 
+def test_manifest_is_read_once_for_all_sizes(sized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = TextToImage.load(sized, threads=1)
+
+    def again(root: Path) -> Bundle:
+        raise AssertionError(f"{root} was opened again")
+
+    monkeypatch.setattr(Bundle, "open", again)
+    wide = first.at(width=48)
+    assert [size.shapes.label for size in wide.sizes()] == ["48x32", "32x32", "32x32:2"]
+    assert wide.at(batch_size=2).bundle.manifest.shapes.label == "32x32:2"
+
+
 def test_evaluate_draws_the_size_that_is_asked_for(cli: Cli, sized: Path, tmp_path: Path) -> None:
     def run(*size: object) -> dict[str, Any]:
         done = cli(

@@ -294,7 +294,7 @@ def _decisions(
 def _provenance(pipeline: TextToImage) -> tuple[tuple[str, str], ...]:
     manifest = pipeline.bundle.manifest
     policy, target, sampler = manifest.policy, pipeline.target.entry, manifest.sampler
-    shapes = [size.shapes for size in Bundle.open(pipeline.bundle.root).manifest.sizes]
+    shapes = [size.shapes for size in pipeline.bundle.whole.sizes]
     rows = {
         "Model": f"{manifest.model.name} ({manifest.model.family}), {manifest.model.parameters:,} parameters",
         "Model fingerprint (SHA-256)": manifest.model.fingerprint,

@@ -147,7 +147,7 @@ class TextToImage:
         Raises:
             QlipError: The bundle has no such size.
         """
-        opened = Bundle.open(self.bundle.root)
+        opened = Bundle(self.bundle.root, self.bundle.whole)
         size = {"height": height, "width": width, "batch_size": batch_size}
         bundle = choose_size(opened, **size, images=images, target=self.target.name)
         if bundle.manifest.shapes == self.bundle.manifest.shapes:
@@ -158,8 +158,10 @@ class TextToImage:
     def sizes(self) -> list[Manifest]:
         """Return the sizes of the bundle that its target runs, each as a manifest; its own first."""
         own = self.bundle.manifest
-        every = Bundle.open(self.bundle.root).manifest.sizes
-        return [own, *(s for s in every if s.shapes != own.shapes and self.target.name in s.targets)]
+        return [
+            own,
+            *(s for s in self.bundle.whole.sizes if s.shapes != own.shapes and self.target.name in s.targets),
+        ]
 
     def __call__(
         self,

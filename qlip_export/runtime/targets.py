@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlip_export.backends import BACKENDS, get_backend
@@ -9,6 +10,7 @@ from qlip_export.backends.base import Backend
 from qlip_export.bundle import Bundle, compile_command
 from qlip_export.compiled import TargetEntry
 from qlip_export.errors import QlipError
+from qlip_export.sizes import sizes_told
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ def choose_target(bundle: Bundle, wanted: str = "auto", *, threads: int | None =
     """Return the target of backend ``wanted``, or for ``auto`` the first that can run here.
 
     Targets are tried in the order of ``BACKENDS``: its library must be installed and its device be there.
+    Where the bundle was narrowed to a size that not all of its targets run, the error names the others.
 
     Args:
         bundle: The bundle.
@@ -63,6 +66,8 @@ def choose_target(bundle: Bundle, wanted: str = "auto", *, threads: int | None =
             obstacles.append(error)
         else:
             return Target(name, entry, backend)
+    if wanted == "auto" and bundle.whole.targets.keys() - targets.keys():
+        raise _only_these(bundle, obstacles)
     if len(obstacles) == 1:
         raise obstacles[0]
     raise QlipError(
@@ -71,3 +76,28 @@ def choose_target(bundle: Bundle, wanted: str = "auto", *, threads: int | None =
         found="; ".join(error.problem for error in obstacles),
         fix=obstacles[0].fix,
     )
+
+
+def _only_these(bundle: Bundle, obstacles: Sequence[QlipError]) -> QlipError:
+    """Return the error where no target that has the wanted size runs here."""
+    whole, named = bundle.whole, " and ".join(bundle.manifest.targets)
+    here = [name for name in whole.targets if name not in bundle.manifest.targets and _runs(bundle, name)]
+    backend = whole.targets[here[0]].backend if here else "openvino"
+    instead = (
+        f"take a size that {' and '.join(here)} can make here: {sizes_told(whole, here)}; or " if here else ""
+    )
+    return QlipError(
+        f"only engines of {named} make images of that size, and they do not run here",
+        expected="; ".join(dict.fromkeys(e.expected for e in obstacles if e.expected)) or None,
+        found="; ".join(error.problem for error in obstacles),
+        fix=f"{instead}build it with one more --size, and {compile_command(bundle.root, backend)}",
+    )
+
+
+def _runs(bundle: Bundle, name: str) -> bool:
+    alone = bundle.whole.model_copy(update={"targets": {name: bundle.whole.targets[name]}})
+    try:
+        choose_target(Bundle(bundle.root, alone))
+    except QlipError:
+        return False
+    return True
