@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import subprocess
 import sys
@@ -67,21 +68,69 @@ def test_the_smallest_budget_works_and_less_is_refused_before_the_first_step(pip
     with pytest.raises(QlipError, match="memory budget is too small") as caught:
         pipeline(PROMPTS[0], memory_budget=smallest - 1, on_step=lambda done, total: steps.append(done))
     assert steps == []
-    assert caught.value.fix is not None
-    named = caught.value.fix.removeprefix("--memory-budget ")
+    named = option_of(caught.value)
     assert smallest <= parse_budget(named) < smallest + 100_000
+    assert f"{for_every_prompt(pipeline)} for every prompt" in str(caught.value.expected)
     again = pipeline(PROMPTS[0], seed=0, memory_budget=named).records[0]["memory"]
     assert again["peak"] <= parse_budget(named)
 
 
-def test_no_room_for_the_text_encoder_names_what_does_for_every_prompt(pipeline: TextToImage) -> None:
-    with pytest.raises(QlipError, match="too small for every prompt") as caught:
+def option_of(error: QlipError) -> str:
+    """Return the budget that an error tells to try."""
+    found = re.match(r"--memory-budget ([0-9.]+MB)", str(error.fix))
+    assert found is not None, error
+    return found[1]
+
+
+def for_every_prompt(pipeline: TextToImage) -> str:
+    with pytest.raises(QlipError, match="too small for this run") as caught:
         pipeline(PROMPTS[0], memory_budget=1)
-    assert caught.value.fix is not None
-    named = caught.value.fix.removeprefix("--memory-budget ")
+    return option_of(caught.value).replace("MB", " MB")
+
+
+def test_no_room_for_the_text_encoder_names_what_the_least_and_every_prompt_need(
+    pipeline: TextToImage,
+) -> None:
+    with pytest.raises(QlipError, match="too small for this run") as caught:
+        pipeline(PROMPTS[0], memory_budget=1)
+    expected = re.fullmatch(
+        r"at least (.*), by the bits of the prompt; (.*) for every prompt", str(caught.value.expected)
+    )
+    assert expected is not None
+    lowest, every = map(parse_budget, expected.groups())
+    assert every == parse_budget(option_of(caught.value))
     for prompt in PROMPTS:
-        assert least(pipeline, prompt) <= parse_budget(named)
-        pipeline(prompt, seed=0, memory_budget=named)
+        assert lowest - 100_000 < least(pipeline, prompt) <= every  # told in steps of 0.1 MB, rounded up
+        pipeline(prompt, seed=0, memory_budget=every)
+
+
+def test_a_budget_that_holds_the_text_encoder_is_told_what_its_prompt_needs(pipeline: TextToImage) -> None:
+    with pytest.raises(QlipError) as caught:
+        pipeline(PROMPTS[0], memory_budget=1)
+    found = re.search(r"from ([0-9.]+MB) on this error tells what the prompt needs", str(caught.value.fix))
+    assert found is not None
+    encoder = parse_budget(found[1])
+    for prompt in PROMPTS:
+        needed = least(pipeline, prompt)
+        assert encoder < needed
+        with pytest.raises(QlipError) as caught:
+            pipeline(prompt, seed=0, memory_budget=encoder)
+        assert needed <= parse_budget(option_of(caught.value)) < needed + 100_000
+
+
+def test_bits_that_are_known_are_refused_before_anything_is_loaded(
+    pipeline: TextToImage, adaptive_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = TextToImage.load(adaptive_bundle)
+    loaded: list[Path] = []
+    monkeypatch.setattr(fresh.backend, "load", lambda path, entry: loaded.append(path))
+    for bits in (8, 32):
+        needed = least(pipeline, PROMPTS[0], bits=bits)
+        with pytest.raises(QlipError, match="too small for this run") as caught:
+            fresh(PROMPTS[0], bits=bits, memory_budget=needed - 1)
+        assert needed <= parse_budget(option_of(caught.value)) < needed + 100_000
+        assert "every prompt" not in str(caught.value.expected)
+    assert loaded == []
 
 
 def test_engines_are_dropped_and_loaded_again(adaptive_bundle: Path) -> None:

@@ -96,6 +96,13 @@ class Chain:
         sizes = {} if alone else self._sizes
         return sum((sizes | {place: port.nbytes for place, port in self._ports(keys)}).values())
 
+    def least_buffer_bytes(self) -> int:
+        """Return what the buffers of any patterns take at least: each value in its smallest type."""
+        least: dict[str, int] = {}
+        for _, port in self._ports(self.every_engine()):
+            least[port.name] = min(port.nbytes, least.get(port.name, port.nbytes))
+        return sum(least.values())
+
     def keep_buffers(self, keys: Iterable[str]) -> None:
         """Drop all buffers but those of the engines ``keys``; no other engine of the chain may be loaded."""
         kept = {place for place, _ in self._ports(keys)}

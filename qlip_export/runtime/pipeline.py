@@ -293,8 +293,14 @@ class TextToImage:
         noise = np.concatenate([noise, np.repeat(noise[-1:], padding, axis=0)])
         adaptive = self._policy if bits is None else None
         first = [*self._encoders.values(), *([] if adaptive is None else [adaptive])]
-        room = Room(budget, self._engines, self.chain, [*first, self._vae_decoder])
-        room.require([self.chain.uniform(self.bundle.bits(bits))] if adaptive is None else None)
+        timing = self.target.entry.timing
+        # Bits that a user asks for run as they are; of bits that were chosen for him, the fastest.
+        instead = timing.instead if timing is not None and bits is None else {}
+        uniform = None
+        if adaptive is None:
+            (uniform,) = dispatch(instead, self.chain.blocks, [self.chain.uniform(self.bundle.bits(bits))])
+        room = Room(budget, self._engines, self.chain, first, [self._vae_decoder], uniform)
+        room.require()
         with room.running([], first):
             conditioned = self._conditioner(prompts + prompts[-1:] * padding, negative, guidance, count)
             result.warnings += [w for w in conditioned.warnings if w not in result.warnings]
@@ -303,9 +309,6 @@ class TextToImage:
             deciding = time.perf_counter()
             qualities, patterns = self._decide(conditioned.pooled, count, bits)
             decided = time.perf_counter()
-        timing = self.target.entry.timing
-        # Bits that a user asks for run as they are; of bits that were chosen for him, the fastest.
-        instead = timing.instead if timing is not None and bits is None else {}
         running = dispatch(instead, self.chain.blocks, patterns)
         with room.running(running, [self._vae_decoder]) as before:
             for name, array in conditioned.inputs.items():

@@ -65,19 +65,50 @@ def smallest_budget(accesses: Collection[str], memory: Mapping[str, EngineMemory
     return fixed + max(memory[k].resident + max(memory[k].scratch, memory[k].loading) for k in accesses)
 
 
-def too_small(budget: int, least: int, what: str = "this run") -> QlipError:
-    """Return the error that refuses a budget and names the least that works."""
+def too_small(budget: int, least: int, every: int | None = None) -> QlipError:
+    """Return the error that refuses a budget and names the least that works for this run.
+
+    Args:
+        budget: What was allowed, bytes.
+        least: What this run needs.
+        every: What is enough for every prompt; none: this run's bits are no prompt's.
+    """
     return QlipError(
-        f"the memory budget is too small for {what}",
-        expected=f"{as_megabytes(least)} or more",
+        "the memory budget is too small for this run",
+        expected=f"{as_megabytes(least)} or more"
+        + (f" ({as_megabytes(every)} for every prompt)" if every is not None else ""),
         found=as_megabytes(budget),
-        fix=f"--memory-budget {as_megabytes(least).replace(' ', '')}",
+        fix=f"--memory-budget {as_option(least)}",
+    )
+
+
+def too_small_to_tell(budget: int, text: int, least: int, every: int) -> QlipError:
+    """Return the error that refuses a budget in which not even the bits of the prompt can be found out.
+
+    Args:
+        budget: What was allowed, bytes.
+        text: What finding them out needs.
+        least: What every prompt needs at least.
+        every: What is enough for every prompt.
+    """
+    return QlipError(
+        "the memory budget is too small for this run",
+        expected=f"at least {as_megabytes(least)}, by the bits of the prompt; "
+        f"{as_megabytes(every)} for every prompt",
+        found=as_megabytes(budget),
+        fix=f"--memory-budget {as_option(every)}; "
+        f"from {as_option(text)} on this error tells what the prompt needs",
     )
 
 
 def as_megabytes(size: int) -> str:
     """Return bytes in MB of 10**6 bytes, rounded up to 0.1."""
     return f"{-(-size // 100_000) / 10:.1f} MB"
+
+
+def as_option(size: int) -> str:
+    """Return bytes as `--memory-budget` takes them."""
+    return as_megabytes(size).replace(" ", "")
 
 
 def all_resident(accesses: Collection[str], memory: Mapping[str, EngineMemory], fixed: int) -> int:

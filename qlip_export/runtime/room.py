@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from qlip_export.runtime.chain import Chain, Pattern
 from qlip_export.runtime.component import Component
 from qlip_export.runtime.engines import Engines
-from qlip_export.runtime.residency import ResidencyPlan, all_resident, smallest_budget, too_small
+from qlip_export.runtime.residency import (
+    ResidencyPlan,
+    all_resident,
+    smallest_budget,
+    too_small,
+    too_small_to_tell,
+)
 from qlip_export.spec import Frozen
 
 Before = Callable[[], None]
@@ -39,13 +45,30 @@ class Room:
     """The budget of one batch; ``None`` lets everything stay that was ever loaded."""
 
     def __init__(
-        self, budget: int | None, engines: Engines, chain: Chain, components: Sequence[Component]
+        self,
+        budget: int | None,
+        engines: Engines,
+        chain: Chain,
+        first: Sequence[Component],
+        last: Sequence[Component],
+        uniform: Pattern | None,
     ) -> None:
-        """Nothing is loaded or dropped yet; ``components`` are all that the pipeline has."""
+        """Nothing is loaded or dropped yet.
+
+        Args:
+            budget: Bytes.
+            engines: All that may be loaded.
+            chain: The denoiser.
+            first: What runs before it: text encoders, and the policy where it decides.
+            last: What runs after it.
+            uniform: What the denoiser runs at every step; ``None``: what the policy asks for.
+        """
         self._budget = budget
         self._engines = engines
         self._chain = chain
-        self._components = components
+        self._first, self._last = first, last
+        self._components = [*first, *last]
+        self._uniform = uniform
         self._used: list[MemoryUse] = []
 
     @property
@@ -63,22 +86,20 @@ class Room:
             }
         )
 
-    def require(self, patterns: Sequence[Pattern] | None) -> None:
-        """Refuse a budget that not even the parts beside the denoiser fit into.
-
-        Args:
-            patterns: What the denoiser may be asked to run; ``None``: any variants.
+    def require(self) -> None:
+        """Refuse a budget that is too small before anything is loaded, as far as that can be told.
 
         Raises:
-            QlipError: It is too small; names one that is enough for every prompt.
+            QlipError: It is too small for bits that are known, or for finding them out.
         """
         if self._budget is None:
             return
-        parts = self._keys(self._components)
-        blocks = self._chain.every_engine() if patterns is None else self._chain.engines_of(patterns)
-        if self._least(parts, self._parts_bytes()) > self._budget:
-            fixed = self._parts_bytes() + self._chain.buffer_bytes(blocks, alone=True)
-            raise too_small(self._budget, self._least([*parts, *blocks], fixed), "every prompt")
+        if self._uniform is not None:
+            if (least := self._least_with(self._chain.engines_of([self._uniform]))) > self._budget:
+                raise too_small(self._budget, least)
+        elif (text := self._least_before()) > self._budget:
+            every = self._least_with(self._chain.every_engine())
+            raise too_small_to_tell(self._budget, text, self._least_of_all(), every)
 
     @contextmanager
     def running(self, patterns: Sequence[Pattern], parts: Sequence[Component]) -> Iterator[Before | None]:
@@ -97,6 +118,9 @@ class Room:
         blocks = self._chain.engines_of(patterns)
         accesses = [*blocks, *self._keys(parts)]
         fixed = self._make_room(blocks, accesses, self._budget)
+        if (least := self._least(accesses, fixed)) > self._budget:
+            every = self._least_with(self._chain.every_engine())
+            raise too_small(self._budget, least, every if self._uniform is None else None)
         self._chain.prepare(patterns)
         for part in parts:
             part.prepare()
@@ -144,6 +168,22 @@ class Room:
 
     def _least(self, keys: Sequence[str], fixed: int) -> int:
         return smallest_budget(keys, {key: self._engines.memory(key) for key in keys}, fixed)
+
+    def _least_before(self) -> int:
+        """Return the budget that is enough until the bits are known."""
+        return self._least(self._keys(self._first), self._parts_bytes())
+
+    def _least_with(self, blocks: Sequence[str], buffers: int | None = None) -> int:
+        """Return the budget of runs of these engines, whose own buffers take ``buffers`` bytes."""
+        taken = self._chain.buffer_bytes(blocks, alone=True) if buffers is None else buffers
+        after = self._least([*blocks, *self._keys(self._last)], self._parts_bytes() + taken)
+        return max(self._least_before(), after)
+
+    def _least_of_all(self) -> int:
+        """Return the budget below which no prompt runs, whatever its bits."""
+        choices = ([v.onnx for v in block.variants.values()] for block in self._chain.blocks)
+        smallest = [min(choice, key=lambda onnx: self._least([onnx], 0)) for choice in choices]
+        return self._least_with(smallest, self._chain.least_buffer_bytes())
 
     def _use(self, plan: ResidencyPlan, fixed: int, budget: int) -> MemoryUse:
         memory = {key: self._engines.memory(key) for key in plan.accesses}
