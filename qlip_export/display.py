@@ -54,7 +54,7 @@ def print_bundle(bundle: Bundle) -> None:
     for target in manifest.targets.values():
         console.print(f"engines: {target.backend} {target.version} on {target.device}")
         if target.profile:
-            held = (f"{axis} {r.told} (fastest at {r.opt})" for axis, r in target.profile.items())
+            held = (f"{axis} {r.told} (tuned for {r.opt})" for axis, r in target.profile.items())
             console.print(f"one set of engines for {'; '.join(held)}")
         console.print(_block_table(manifest, target))
         for line in (*_timing_lines(manifest, target), *_precision_lines(manifest, target)):

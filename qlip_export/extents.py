@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from pydantic import Field
 
 from qlip_export.errors import QlipError
-from qlip_export.spec import Frozen
+from qlip_export.spec import MOST_IMAGES, Frozen
 
 Axis = Literal["batch", "height", "width"]
 """Images per batch, and their height and width in pixels."""
@@ -128,7 +128,7 @@ class AxisRange(Frozen):
     """Between which numbers an axis may lie."""
 
     min: int = Field(ge=1)
-    opt: int = Field(description="what the engines are made fastest for")
+    opt: int = Field(description="what the engines are tuned for: the compiler chooses kernels by it")
     max: int
     step: int = Field(default=1, ge=1, description="what it has to be a multiple of")
 
@@ -138,6 +138,17 @@ class AxisRange(Frozen):
 
     def __contains__(self, value: int) -> bool:
         return self.min <= value <= self.max and value % self.step == 0
+
+    def with_size(self, size: int) -> AxisRange:
+        """Return it, widened where ``size`` lies outside."""
+        return self.model_copy(update={"min": min(self.min, size), "max": max(self.max, size)})
+
+    @property
+    def in_steps(self) -> AxisRange:
+        """The multiples of ``step`` next to it: no narrower, but for a least of 0."""
+        low = max(1, self.min // self.step) * self.step
+        best = max(1, round(self.opt / self.step)) * self.step
+        return self.model_copy(update={"min": low, "opt": best, "max": -(-self.max // self.step) * self.step})
 
     @property
     def told(self) -> str:
@@ -174,11 +185,20 @@ class EngineShapes:
         return any(extent.constant is None for extent in self.ports[port])
 
 
+MOST: dict[Axis, int] = {"batch": MOST_IMAGES, "height": 8192, "width": 8192}
+"""Where ranges end: batches as in ``--size``; sides of images far beyond what models are trained for."""
+
+
+def spelt(profile: Profile) -> str:
+    """Return ranges as they are typed, e.g. ``--profile batch:1x1x4 --profile height:512x768x1024``."""
+    return " ".join(f"--profile {axis}:{held}" for axis, held in profile.items())
+
+
 def parse_profile(texts: Iterable[str]) -> Profile:
     """Return the ranges of e.g. ``batch:1x1x4``, each ``name:MINxOPTxMAX``.
 
     Raises:
-        QlipError: Another form, an unknown or repeated name, or numbers that do not rise.
+        QlipError: Another form, an unknown or repeated name, or numbers that do not rise or go beyond `MOST`.
     """
     profile: Profile = {}
     for text in texts:
@@ -197,8 +217,21 @@ def parse_profile(texts: Iterable[str]) -> Profile:
                 f"--profile {text}: the numbers do not rise",
                 expected="1 <= MIN <= OPT <= MAX",
                 found=f"{low}, {best}, {high}",
+                fix="e.g. --profile {}:{}x{}x{}".format(axis, *sorted(max(1, n) for n in (low, best, high))),
+            )
+        if high > MOST[axis]:
+            raise QlipError(
+                f"--profile {text}: MAX is too large",
+                expected=f"at most {MOST[axis]} {'images' if axis == 'batch' else 'pixels'}",
+                found=str(high),
+                fix=f"e.g. --profile {axis}:{min(low, MOST[axis])}x{min(best, MOST[axis])}x{MOST[axis]}",
             )
         if axis in profile:
-            raise QlipError(f"--profile names {axis} twice", found=f"{profile[axis]} and {text}")
+            raise QlipError(
+                f"--profile {text}: {axis} has a range already",
+                expected=f"one range for {axis}",
+                found=f"--profile {axis}:{profile[axis]} before it",
+                fix=f"leave one of them out, e.g. --profile {text} alone",
+            )
         profile[axis] = AxisRange(min=low, opt=best, max=high)
     return profile

@@ -136,7 +136,7 @@ class Backend(ABC):
             QlipError: This backend does not take one of the options.
         """
         for option in options.given:
-            raise refused(self.name, option)
+            raise refused(self.name, option, profile=options.profile)
 
     def check_target(self, target: TargetEntry, rebuild: str) -> None:
         """Make sure that engines made by ``target``'s version for its device run here.
@@ -166,7 +166,7 @@ class Backend(ABC):
         Raises:
             QlipError: The library refuses the graph, or this backend takes no `--profile`.
         """
-        raise refused(self.name, "profile")
+        raise refused(self.name, "profile", profile=shapes.profile)
 
     def measure(self, path: Path, entry: EngineEntry) -> EngineMemory | None:
         """Return what an engine file takes when it is loaded and run here; ``None``: that cannot be told."""

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, field_validator
 
 from qlip_export.errors import QlipError
-from qlip_export.extents import Profile
+from qlip_export.extents import Profile, spelt
 from qlip_export.spec import Frozen
 
 
@@ -44,16 +44,18 @@ class CompileOptions(Frozen):
         return {name: value for name, value in self.given.items() if name not in ("timing_cache", "profile")}
 
 
-def refused(backend: str, option: str, reason: str | None = None) -> QlipError:
-    """Return the error for an option that ``backend`` does not take."""
-    spelt = "--" + option.replace("_", "-")
+def refused(
+    backend: str, option: str, reason: str | None = None, profile: Profile | None = None
+) -> QlipError:
+    """Return the error for an option that ``backend`` does not take; for ``profile``, with its ranges."""
+    flag = "--" + option.replace("_", "-")
     if option == "profile":
         return QlipError(
-            f"{backend} takes no {spelt}: its engines have static shapes",
+            f"{backend} takes no {flag}: its engines have static shapes",
             expected="--backend tensorrt or tensorrt-rtx",
-            found=f"--backend {backend}",
+            found=f"--backend {backend} {spelt(profile or {})}".rstrip(),
             fix="give several static sizes at build: --size WIDTHxHEIGHT[:BATCH], repeatable",
         )
     return QlipError(
-        f"{backend} takes no {spelt}", found=reason, fix=f"leave {spelt} out, or choose another --backend"
+        f"{backend} takes no {flag}", found=reason, fix=f"leave {flag} out, or choose another --backend"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from qlip_export.bundle import Bundle
 from qlip_export.compile import CompileReport, compile_bundle
 from qlip_export.compiled import Compiled, TensorEntry
 from qlip_export.errors import QlipError
-from qlip_export.extents import EngineShapes, parse_profile
+from qlip_export.extents import EngineShapes, Extent, parse_profile
 from qlip_export.graph.dynamic import make_dynamic
 from qlip_export.graph.store import load
 from qlip_export.noise import seeded_noise
+from qlip_export.profiles import _Shapes, plan_profile
 from qlip_export.progress import Progress, Silent
 from qlip_export.reference import psnr
 from qlip_export.runtime import TextToImage
@@ -158,25 +160,84 @@ def test_sizes_of_other_targets_stay_theirs(ranging: Path) -> None:
     assert caught.value.expected == "32x32, 48x32, 32x32:2 (WIDTHxHEIGHT, :batch size)"
 
 
+def test_size_that_only_engines_for_a_gpu_have_says_so(
+    cli: Cli, ranging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip_export.backends.cuda.gpu_count", lambda: 0)
+    options = ("--width", 64, "--height", 16, "-o", tmp_path / "no.png", "--json")
+    error = one_error(cli("generate", ranging, "a red apple", *options))
+    assert error == {
+        "problem": "only engines of tensorrt-rtx make images of that size, and they do not run here",
+        "expected": "a GPU and its driver",
+        "found": "engines of TensorRT-RTX run on NVIDIA GPUs; none is at hand",
+        "fix": "take a size that openvino can make here: 32x32, 48x32, 32x32:2 (WIDTHxHEIGHT, :batch size); "
+        f"or build it with one more --size, and qlip-export compile {ranging} --backend openvino",
+    }
+
+
+def test_evaluation_of_such_a_size_says_so_too(
+    cli: Cli, ranging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip_export.backends.cuda.gpu_count", lambda: 0)
+    options = ("--metrics", "fab,bitops", "--compare", 8, "--samples", 2, "--width", 64, "--json")
+    assert "only engines of tensorrt-rtx make" in one_error(cli("evaluate", ranging, *options))["problem"]
+
+
+def test_nothing_else_that_runs_here_is_not_offered(ranging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlip_export.backends.cuda.gpu_count", lambda: 0)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "qlip_export.backends.openvino", raising=False)
+    with pytest.raises(QlipError, match="only engines of tensorrt-rtx") as caught:
+        TextToImage.load(ranging, width=64)
+    assert str(caught.value.fix).startswith("build it with one more --size")
+
+
 # --- bad input
 
 
-@pytest.mark.parametrize(
-    ("ranges", "problem"),
-    [
-        (["batch:4x2x1"], "the numbers do not rise"),
-        (["batch:0x1x2"], "the numbers do not rise"),
-        (["depth:1x1x4"], "is no range"),
-        (["height:16x64"], "is no range"),
-        (["batch:1x1x2", "batch:1x1x4"], "names batch twice"),
-        (["height:24x32x48"], "does not fit the model"),
-        (["width:48x48x64"], "leaves out the bundle's own size"),
-    ],
-)
-def test_ranges_that_are_refused(cli: Cli, sized: Path, ranges: list[str], problem: str, rtx: Any) -> None:
+REFUSED = [
+    (["batch:4x2x1"], "the numbers do not rise", "1 <= MIN <= OPT <= MAX", "4, 2, 1", "batch:1x2x4"),
+    (["batch:0x1x2"], "the numbers do not rise", "1 <= MIN <= OPT <= MAX", "0, 1, 2", "batch:1x1x2"),
+    (["depth:1x1x4"], "is no range", "batch, height or width", "depth:1x1x4", "batch:1x1x4"),
+    (["height:16x64"], "is no range", "NAME:MINxOPTxMAX", "height:16x64", "height:512x768x1024"),
+    (
+        ["batch:1x1x2", "batch:1x1x4"],
+        "batch has a range already",
+        "one range for batch",
+        "--profile batch:1x1x2 before",
+        "--profile batch:1x1x4 alone",
+    ),
+    (["height:24x32x48"], "does not fit the model", "multiples of 16", "24", "--profile height:16x32x48"),
+    (
+        ["width:48x48x64"],
+        "leaves out the bundle's own size",
+        "a range with 32",
+        "48 to 64",
+        "--profile width:32x48x64",
+    ),
+    (["width:32x32x100000"], "MAX is too large", "8192 pixels", "100000", "--profile width:32x32x8192"),
+    (["batch:1x1x65"], "MAX is too large", "64 images", "65", "--profile batch:1x1x64"),
+    (
+        ["batch:1x1x64", "height:32x32x8192", "width:32x32x8192"],
+        "MAX is too large",
+        "2,147,483,647 numbers, which 32 bits index",
+        "128 x 4 x 2048 x 2048, 2,147,483,648 numbers",
+        "lower MAX",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranges", "problem", "expected", "found", "fix"), REFUSED)
+def test_ranges_that_are_refused(
+    cli: Cli, sized: Path, ranges: list[str], problem: str, expected: str, found: str, fix: str, rtx: Any
+) -> None:
     options = [text for given in ranges for text in ("--profile", given)]
     error = one_error(cli("compile", sized, "--backend", "tensorrt-rtx", *options, "--json"))
     assert problem in error["problem"]
+    assert f"--profile {ranges[-1]}" in error["problem"]  # as it was typed
+    assert expected in error["expected"]
+    assert found in error["found"]
+    assert fix in error["fix"]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -184,6 +245,8 @@ def test_other_backends_take_no_ranges(cli: Cli, sized: Path, backend: str) -> N
     options = ("--backend", backend, "--profile", "batch:1x1x4", "--json")
     error = one_error(cli("compile", sized, *options))
     assert error["problem"] == f"{backend} takes no --profile: its engines have static shapes"
+    assert error["expected"] == "--backend tensorrt or tensorrt-rtx"
+    assert error["found"] == f"--backend {backend} --profile batch:1x1x4"
     assert "--size" in error["fix"]
 
 
@@ -194,8 +257,42 @@ def test_numbers_of_the_image_size_in_an_older_export_are_refused(sized: Path, t
         manifest["conditioning"]["text"] = {"kind": "constant", "row": [32.0, 32.0, 0.0, 0.0]}
 
     tamper.edit_manifest(out, older)
-    with pytest.raises(QlipError, match="text of this bundle holds the size of its images as numbers"):
+    with pytest.raises(QlipError) as caught:
         compile_ranging(out, "tensorrt-rtx", "height:16x32x64")
+    assert caught.value.problem == (
+        "--profile height:16x32x64: text of this bundle holds the size of its images as numbers"
+    )
+    assert caught.value.expected == "'height' and 'width' in their place, as exports write now"
+    assert caught.value.found == "(32.0, 32.0, 0.0, 0.0)"
+    assert str(caught.value.fix).startswith("export the bundle again")
+
+
+def test_graph_that_cannot_follow_names_the_ranges(sized: Path, tmp_path: Path) -> None:
+    import onnx
+
+    out = tamper.copy_of(sized, tmp_path)
+    path = out / "onnx/stem.a8.onnx"
+    model = onnx.load(path, load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "Conv").op_type = "CumSum"
+    onnx.save(model, path)
+    asked = parse_profile(["height:16x32x64", "width:32x32x64"])
+    with pytest.raises(QlipError, match=r"stem\.a8\.onnx: node .*CumSum") as caught:
+        plan_profile(Bundle.open(out).manifest, asked, lambda onnx: out / onnx)
+    assert caught.value.problem.startswith("--profile height:16x32x64 --profile width:32x32x64: ")
+    assert None not in caught.value.as_dict().values()
+
+
+def test_outputs_that_do_not_follow_name_the_ranges(sized: Path) -> None:
+    asked = parse_profile(["batch:1x1x4"])
+    shapes = _Shapes(Bundle.open(sized).manifest, asked, lambda onnx: sized / onnx)
+    with pytest.raises(QlipError) as caught:
+        shapes._expect({"noise": (Extent.of(2),)}, {"noise": (Extent.of("batch"),)})
+    assert caught.value.as_dict() == {
+        "problem": "--profile batch:1x1x4: the graphs of this bundle do not follow: noise",
+        "expected": "(batch)",
+        "found": "(2)",
+        "fix": "several static sizes in one bundle: build --size",
+    }
 
 
 # --- running them, with the stand-in
@@ -293,7 +390,7 @@ def test_size_that_nothing_was_built_for_becomes_an_image(cli: Cli, stand_in: Pa
 
 def test_inspect_tells_the_ranges(cli: Cli, stand_in: Path) -> None:
     said = cli("inspect", stand_in).out
-    assert "one set of engines for batch 1 to 4 (fastest at 1); height 16 to 64, multiples of 16" in said
+    assert "one set of engines for batch 1 to 4 (tuned for 1); height 16 to 64, multiples of 16" in said
 
 
 def test_shape_outside_of_the_profile_is_refused_by_the_engine(stand_in: Path) -> None:
