@@ -90,7 +90,7 @@ def _only_these(bundle: Bundle, obstacles: Sequence[QlipError]) -> QlipError:
         f"only engines of {named} make images of that size, and they do not run here",
         expected="; ".join(dict.fromkeys(e.expected for e in obstacles if e.expected)) or None,
         found="; ".join(error.problem for error in obstacles),
-        fix=f"{instead}build it with one more --size, and {compile_command(bundle.root, backend)}",
+        fix=f"{instead}build it with one more --size, then {compile_command(bundle.root, backend)}",
     )
 
 

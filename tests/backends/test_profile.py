@@ -171,7 +171,7 @@ def test_size_that_only_engines_for_a_gpu_have_says_so(
         "expected": "a GPU and its driver",
         "found": "engines of TensorRT-RTX run on NVIDIA GPUs; none is at hand",
         "fix": "take a size that openvino can make here: 32x32, 48x32, 32x32:2 (WIDTHxHEIGHT, :batch size); "
-        f"or build it with one more --size, and qlip-export compile {ranging} --backend openvino",
+        f"or build it with one more --size, then qlip-export compile {ranging} --backend openvino",
     }
 
 
