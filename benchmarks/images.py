@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.bundles import BITS, Subject, prepare
 from benchmarks.peers import Array, Denoiser
 from benchmarks.timing import THREADS, Times, interleave, ratio, summary
-from qlip_export.bundle import BlockEntry
+from qlip_export.manifest import BlockEntry
 from qlip_export.runtime import TextToImage
 from qlip_export.runtime.chain import Pattern
 from qlip_export.spec import variant_name

@@ -16,7 +16,6 @@ from qlip_export.compiled import EngineEntry, TargetEntry
 from qlip_export.errors import QlipError
 from qlip_export.files import sha256_of
 from qlip_export.manifest import SCHEMA_VERSION, Manifest
-from qlip_export.manifest import BlockEntry as BlockEntry  # benchmarks/images.py takes it from here
 from qlip_export.spec import Frozen
 
 MANIFEST = "manifest.json"
