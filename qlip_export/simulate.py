@@ -167,9 +167,11 @@ class Simulator:
         """Rows of the denoiser's batch for each image: 2 where guidance is classifier-free."""
         return self.guidance.rows
 
-    def callable(self, denoiser: nn.Module) -> nn.Module:
+    def callable(self, denoiser: nn.Module) -> CallableDenoiser:
         """Return a denoiser of this model as it is captured: with latents (N, C, H, W) in and out."""
-        return CallableDenoiser(denoiser, denoiser_family(self.checkpoint), self._shapes).to(self.device)
+        called = CallableDenoiser(denoiser, denoiser_family(self.checkpoint), self._shapes)
+        called.to(self.device)
+        return called
 
     @cached_property
     def layer_macs(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qlip_export.calibrate.batching import slices
 from qlip_export.calibrate.trajectories import Trajectories
 from qlip_export.cuda_graph import recorded
 from qlip_export.policy.q2b import Part, QualityToBits, timestep_groups
@@ -132,8 +133,8 @@ def train_q2b(
         """Set the gradients for the batch; return its FAB and its error."""
         optimizer.zero_grad(set_to_none=False)
         found = torch.zeros(2, device=device)
-        for part in range(0, plan.batch, plan.at_once):
-            found += differentiate_part(slice(part, min(part + plan.at_once, plan.batch)))
+        for part in slices(plan.batch, plan.at_once):
+            found += differentiate_part(part)
         return found
 
     def differentiate_part(part: slice) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
+from qlip_export.calibrate.batching import slices
 from qlip_export.calibrate.quality import Drawn
 from qlip_export.files import written_aside
 
@@ -28,11 +29,10 @@ def read_drawn(path: Path) -> Drawn | None:
     return None if found is None else Drawn(found["features"], found["complexity"])
 
 
-def parts(count: int, path: Path) -> Iterator[tuple[slice, Path]]:
+def part_files(count: int, path: Path) -> Iterator[tuple[slice, Path]]:
     """Return which of ``count`` images go together, and the file of each such part of ``path``."""
-    for start in range(0, count, PART):
-        stop = min(start + PART, count)
-        yield slice(start, stop), path.with_suffix(f".{start}-{stop}{path.suffix}")
+    for part in slices(count, PART):
+        yield part, path.with_suffix(f".{part.start}-{part.stop}{path.suffix}")
 
 
 def drawn_in_parts(count: int, path: Path, draw: Callable[[slice], Drawn]) -> Drawn:
@@ -44,7 +44,7 @@ def drawn_in_parts(count: int, path: Path, draw: Callable[[slice], Drawn]) -> Dr
         draw: Draws a part.
     """
     found: list[Drawn] = []
-    for part, file in parts(count, path):
+    for part, file in part_files(count, path):
         drawn = read_drawn(file)
         if drawn is None:
             drawn = draw(part)
@@ -52,7 +52,7 @@ def drawn_in_parts(count: int, path: Path, draw: Callable[[slice], Drawn]) -> Dr
         found.append(drawn)
     whole = Drawn(*(np.concatenate([getattr(d, name) for d in found]) for name in ("features", "complexity")))
     _write(vars(whole), path)
-    for _, file in parts(count, path):
+    for _, file in part_files(count, path):
         file.unlink(missing_ok=True)
     return whole
 
@@ -63,14 +63,12 @@ class LearnedBlock:
 
     Attributes:
         up: By layer, which weights go to the code above, shape of the weight.
-        scale: By layer, (C,) float32.
         error_nearest: Squared error of the block's outputs with rounding to nearest, relative to the outputs.
         error_learned: The same with what was learned.
         flipped: Weights that do not go to the nearest code.
     """
 
     up: dict[str, NDArray[np.bool_]]
-    scale: dict[str, NDArray[np.float32]]
     error_nearest: float
     error_learned: float
     flipped: int
@@ -88,11 +86,10 @@ class KeptBlocks:
         found = _read(self._path(name))
         if found is None:
             return None
-        layers = [key.removesuffix(".scale") for key in found if key.endswith(".scale")]
+        layers = [key.removesuffix(".up") for key in found if key.endswith(".up")]
         nearest, learned, flipped = found["measured"].tolist()
         return LearnedBlock(
             up={layer: _unpacked(found[f"{layer}.up"], found[f"{layer}.shape"]) for layer in layers},
-            scale={layer: found[f"{layer}.scale"] for layer in layers},
             error_nearest=nearest,
             error_learned=learned,
             flipped=int(flipped),
@@ -104,7 +101,6 @@ class KeptBlocks:
         for layer, up in block.up.items():
             tensors[f"{layer}.up"] = np.packbits(up.ravel())
             tensors[f"{layer}.shape"] = np.array(up.shape)
-            tensors[f"{layer}.scale"] = block.scale[layer]
         _write(tensors, self._path(name))
 
     def remove(self) -> None:

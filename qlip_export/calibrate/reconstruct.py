@@ -6,14 +6,15 @@ AdaRound (Nagel et al. 2020, equations 21-24) over a whole block at a time, as B
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlip_export.calibrate.batching import Stack, slices
 from qlip_export.calibrate.kept import LearnedBlock
+from qlip_export.capture import CallableDenoiser
 from qlip_export.cuda_graph import recorded
 from qlip_export.quant.rounding import floor_codes
 from qlip_export.quant.weights import code_range, round_to_nearest
@@ -76,30 +77,26 @@ class Models:
 
     Attributes:
         reference: At full precision.
-        called_reference: The same, as it is called with ``inputs``.
         quantized: With the weights that were learned so far.
-        called_quantized: As above.
         inputs: Of all samples.
         at_once: Samples that run together.
     """
 
-    reference: nn.Module
-    called_reference: nn.Module
-    quantized: nn.Module
-    called_quantized: nn.Module
+    reference: CallableDenoiser
+    quantized: CallableDenoiser
     inputs: list[Tensor]
     at_once: int
 
     def targets(self, name: str) -> Tensor:
         """Return the outputs of a block at full precision, float16."""
-        outputs = _Stack(len(self.inputs[0]))
+        outputs = Stack(len(self.inputs[0]))
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             outputs.add(_joined(output))
             raise _Reached
 
-        with self.reference.get_submodule(name).register_forward_hook(after):
-            self._reach(self.called_reference)
+        with self.reference.module.get_submodule(name).register_forward_hook(after):
+            self._reach(self.reference)
         return outputs.values
 
     def calls(self, name: str) -> _Calls:
@@ -109,21 +106,21 @@ class Models:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = [*args, *kwargs.values()]
             if not calls:
-                held = [_Stack(len(self.inputs[0])) if isinstance(v, Tensor) else v for v in given]
+                held = [Stack(len(self.inputs[0])) if isinstance(v, Tensor) else v for v in given]
                 calls.append(_Calls(len(args), tuple(kwargs), held))
             for stack, value in zip(calls[0].values, given, strict=True):
-                if isinstance(stack, _Stack):
+                if isinstance(stack, Stack):
                     stack.add(value)
             raise _Reached
 
-        with self.quantized.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True):
-            self._reach(self.called_quantized)
+        with self.quantized.module.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True):
+            self._reach(self.quantized)
         return calls[0]
 
     @torch.no_grad()
-    def _reach(self, called: nn.Module) -> None:
+    def _reach(self, called: CallableDenoiser) -> None:
         """Run a model over all inputs, each time until a hook has what it wants."""
-        for part in _parts(len(self.inputs[0]), self.at_once):
+        for part in slices(len(self.inputs[0]), self.at_once):
             with contextlib.suppress(_Reached):
                 called(*(t[part].float() for t in self.inputs))
 
@@ -132,32 +129,17 @@ def learn_block(
     models: Models, name: str, roundings: dict[str, Rounding], iterations: int, batch: int
 ) -> LearnedBlock:
     """Learn the rounding of a block's weights, given by parameter name; what it is learned on goes again."""
-    block, at_once = models.quantized.get_submodule(name), models.at_once
+    block, at_once = models.quantized.module.get_submodule(name), models.at_once
     targets, calls = models.targets(name), models.calls(name)
     nearest = _error(block, {k: r.nearest() for k, r in roundings.items()}, calls, targets, at_once)
     _learn(block, roundings, calls, targets, iterations, batch, at_once)
     learned = _error(block, {k: r.hard() for k, r in roundings.items()}, calls, targets, at_once)
     return LearnedBlock(
         up={r.layer: r.up().cpu().numpy() for r in roundings.values()},
-        scale={r.layer: r.scale_array for r in roundings.values()},
         error_nearest=nearest,
         error_learned=learned,
         flipped=sum(int((r.up() != r.nearest_up()).sum()) for r in roundings.values()),
     )
-
-
-class _Stack:
-    """Rows of many calls in one FP16 tensor, there from the first on: joining them would hold all twice."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._filled = count, 0
-        self.values = torch.empty(0)
-
-    def add(self, rows: Tensor) -> None:
-        if not self._filled:
-            self.values = rows.new_empty(self._count, *rows.shape[1:], dtype=torch.float16)
-        self.values[self._filled : self._filled + len(rows)] = rows
-        self._filled += len(rows)
 
 
 @dataclass(frozen=True)
@@ -170,13 +152,9 @@ class _Calls:
 
     def at(self, index: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of one call over the samples of ``index``, float32."""
-        values = [v.values[index].float() if isinstance(v, _Stack) else v for v in self.values]
+        values = [v.values[index].float() if isinstance(v, Stack) else v for v in self.values]
         named = zip(self.names, values[self.positional :], strict=True)
         return tuple(values[: self.positional]), dict(named)
-
-
-def _parts(count: int, at_once: int) -> Iterator[slice]:
-    return (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward pass early and is no error
@@ -200,7 +178,7 @@ def _error(
 ) -> float:
     """Return the squared error of the block's outputs relative to their energy."""
     error = energy = 0.0
-    for part in _parts(len(targets), at_once):
+    for part in slices(len(targets), at_once):
         wanted = targets[part].float()
         error += float((_run(block, weights, calls, part) - wanted).square().sum())
         energy += float(wanted.square().sum())
@@ -229,7 +207,7 @@ def _learn(
         weights = {key: learned[key].weight(share) for key, share in shares.items()}
         # Parts of the batch add up their gradients here; these go back through the rounding once.
         leaves = {key: weight.detach().requires_grad_() for key, weight in weights.items()}
-        for part in _parts(batch, at_once):
+        for part in slices(batch, at_once):
             chosen = index[part]
             output = _run(block, leaves, calls, chosen)
             # Summed over channels, as Q-Diffusion's code does: the regularizer's strength is tuned to that.

@@ -522,7 +522,7 @@ class Calibration:
                 return found
         wanted = path if judged else plain
         extractor = FeatureExtractor(self._checkpoint.folder, device=options.device) if judged else None
-        missing = [part for part, file in kept.parts(len(prompts), wanted) if not file.is_file()]
+        missing = [part for part, file in kept.part_files(len(prompts), wanted) if not file.is_file()]
         counts = [len(prompts[part]) for part in missing]
         self._progress.stage("draw", sum(-(-count // options.batch_size) for count in counts))
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlip_export.calibrate.batching import Stack, slices
 from qlip_export.noise import seeded_noise
 from qlip_export.simulate import Simulator, paired
 
@@ -58,15 +59,13 @@ def record(
         on_batch: Called after each batch.
     """
     encoded, empty = simulator.encode(prompts), simulator.empty
-    kept: list[Tensor] = []
+    inputs, predictions = Stack(len(prompts)), Stack(len(prompts))
     timesteps: list[Tensor] = []
-    for start in range(0, len(prompts), batch_size):
+    for part in slices(len(prompts), batch_size):
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        part = slice(start, start + batch_size)
         states = encoded.states[part]
-        noise = torch.from_numpy(
-            np.stack([seeded_noise(seed + start + i, simulator.latents_shape) for i in range(len(states))])
-        )
+        seeds = range(seed + part.start, seed + part.stop)
+        noise = torch.from_numpy(np.stack([seeded_noise(own, simulator.latents_shape) for own in seeds]))
 
         def keep(
             x: Tensor, timestep: Tensor, prediction: Tensor, seen: list[tuple[Tensor, ...]] = seen
@@ -74,16 +73,13 @@ def record(
             seen.append((x.half(), timestep.float(), prediction.half()))
 
         simulator.sample(paired(empty, states), noise, guidance, on_step=keep)
-        # Inputs and predictions of all prompts have their place from the first batch on.
-        found = [torch.stack([run[which] for run in seen], 1) for which in (0, 2)]
-        kept = kept or [steps.new_empty(len(prompts), *steps.shape[1:]) for steps in found]
-        for whole, steps in zip(kept, found, strict=True):
-            whole[part] = steps
+        inputs.add(torch.stack([x for x, _, _ in seen], 1))
+        predictions.add(torch.stack([p for _, _, p in seen], 1))
         timesteps = [t for _, t, _ in seen]
         on_batch()
     return Trajectories(
-        inputs=kept[0],
-        predictions=kept[1],
+        inputs=inputs.values,
+        predictions=predictions.values,
         timesteps=torch.stack(timesteps),
         states=encoded.states.half(),
         empty=None if empty is None else empty.half(),

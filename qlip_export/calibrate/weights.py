@@ -92,14 +92,7 @@ def learn_rounding(
     quantized = copy.deepcopy(reference)
     latents, timesteps, states = _sample_inputs(trajectories, samples)
     model_inputs = [latents, timesteps, *simulator.inputs(states, trajectories.guidance)]
-    models = Models(
-        reference,
-        simulator.callable(reference),
-        quantized,
-        simulator.callable(quantized),
-        model_inputs,
-        at_once,
-    )
+    models = Models(simulator.callable(reference), simulator.callable(quantized), model_inputs, at_once)
     names = {id(module): name for name, module in layers_of(quantized).items()}
     component = simulator.checkpoint.component(denoiser_family(simulator.checkpoint).denoiser_folder)
 
@@ -108,6 +101,7 @@ def learn_rounding(
         return torch.from_numpy(component.get(f"{layer}.weight").astype(np.float32))
 
     blocks: list[LearnedBlock] = []
+    scale: dict[str, NDArray[np.float32]] = {}
     for index, name in enumerate(blocks_of(simulator)):
         on_block(name)
         block = quantized.get_submodule(name)
@@ -126,9 +120,10 @@ def learn_rounding(
         for key, rounding in roundings.items():
             up = torch.from_numpy(learned.up[rounding.layer]).to(rounding.rest.device)
             inside[key].weight.data.copy_(rounding.weight(up.float()))
+            scale[rounding.layer] = rounding.scale_array
     return Rounded(
         up={layer: up for block in blocks for layer, up in block.up.items()},
-        scale={layer: scale for block in blocks for layer, scale in block.scale.items()},
+        scale=scale,
         error_nearest=float(np.mean([block.error_nearest for block in blocks])),
         error_learned=float(np.mean([block.error_learned for block in blocks])),
         flipped=sum(b.flipped for b in blocks) / sum(up.size for b in blocks for up in b.up.values()),
